@@ -1,0 +1,22 @@
+"""Products of 16-bit activations with 4-bit weights, and the layers built on them.
+
+Depends on torch and on the extension module marlin._C, which setup.py builds.
+"""
+
+import torch  # noqa: F401  # first: _C needs its libraries
+
+try:
+    from . import _C
+except ImportError as error:
+    if "_C" not in str(error):
+        raise
+    raise ImportError(
+        "marlin: the extension marlin._C is not built; run pip install --no-build-isolation . "
+        "or, to run from the source tree, python setup.py build_ext --inplace"
+    ) from error
+
+from .ops import linear, mul
+
+__version__ = "0.1.0"
+
+__all__ = ["_C", "__version__", "linear", "mul"]

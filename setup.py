@@ -1,0 +1,128 @@
+"""Builds the extension module marlin._C; build_tools.py decides what goes in, pyproject.toml says the rest.
+
+    MARLIN_BUILD_CUDA=0|1|auto   CUDA kernels: never, always (or fail), or when nvcc and a CUDA torch are there
+    TORCH_CUDA_ARCH_LIST         the GPUs to build for, as torch reads it
+    MAX_JOBS                     compilers at a time; default: the number of CPUs
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import sysconfig
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+
+sys.path.insert(0, str(Path(__file__).parent))  # PEP 517 front ends do not put it there
+
+import build_tools as tools  # noqa: E402
+
+
+class BuildExtension(build_ext):
+    """Compiles csrc/ with g++ and nvcc side by side, and only what has changed."""
+
+    def run(self) -> None:
+        try:
+            super().run()
+        except tools.BuildError as error:
+            raise SystemExit(str(error)) from None
+        except subprocess.CalledProcessError as error:
+            raise SystemExit(f"marlin: this command failed, see above: {' '.join(error.cmd)}") from None
+
+    def build_extension(self, ext: Extension) -> None:
+        try:
+            import torch
+            from torch.utils import cpp_extension
+        except ImportError:
+            raise tools.BuildError(
+                "marlin: building needs torch in this environment: install torch first, "
+                "then run pip with --no-build-isolation"
+            ) from None
+        found = tools.Torch(torch.__version__, torch.version.cuda)
+        tools.check_torch(found)
+        nvcc = tools.find_nvcc(os.environ)
+        plan = tools.choose(os.environ, found, nvcc, tools.nvcc_release(nvcc) if nvcc else None)
+        cxx = os.environ.get("CXX", "g++")
+        tools.check_compiler(cxx, found.cxx_standard)
+        print(plan.note, file=sys.stderr, flush=True)
+
+        build_dir = Path(self.build_temp) / ("cuda" if plan.with_cuda else "cpu")
+        build_dir.mkdir(parents=True, exist_ok=True)
+        output = Path(self.get_ext_fullpath(ext.name))
+        output.parent.mkdir(parents=True, exist_ok=True)
+        headers = [*tools.CSRC.glob("*.h")]
+        common = ["-O3", "-fPIC", "-fvisibility=hidden", "-Wall", f"-I{tools.CSRC}"]
+        abi = int(torch._C._GLIBCXX_USE_CXX11_ABI)
+
+        jobs: list[tuple[Path, list[Path], list[str]]] = []
+
+        def compile_job(source: str, command: list[str], name: str = "") -> None:
+            target = build_dir / f"{name or source}.o"
+            path = tools.CSRC / source
+            jobs.append((target, [path, *headers], [*command, "-c", str(path), "-o", str(target)]))
+
+        includes = cpp_extension.include_paths()
+        from_torch = [f"-isystem{path}" for path in [*includes, sysconfig.get_paths()["include"]]]
+        macros = [f"-D_GLIBCXX_USE_CXX11_ABI={abi}", "-DTORCH_API_INCLUDE_EXTENSION_H"]
+        libraries = [f"-L{Path(torch.__file__).parent / 'lib'}", "-lc10", "-ltorch", "-ltorch_cpu", "-ltorch_python"]
+        compile_job("marlin_cpu.cpp", [cxx, "-std=c++17", *common])
+        if plan.with_cuda:
+            assert nvcc is not None
+            home = tools.cuda_home(nvcc)
+            macros.append("-DMARLIN_WITH_CUDA")
+            from_torch.append(f"-isystem{home / 'include'}")
+            library_dirs = [path for path in (home / "lib64", home / "lib") if path.is_dir()]
+            libraries += [f"-L{path}" for path in library_dirs]
+            libraries += ["-lc10_cuda", "-ltorch_cuda", "-lcudart"]
+            for kernel in tools.KERNELS:
+                # --threads 0: one compiler for each architecture, as many at a time as there are CPUs.
+                flags = ["-std=c++17", "-O3", "--threads", "0", "-Xcompiler=-fPIC,-fvisibility=hidden", f"-I{tools.CSRC}"]
+                archs = tools.gencode(tools.kernel_archs(kernel, plan.archs))
+                if archs:
+                    compile_job(kernel, [nvcc, *flags, *archs])
+        else:
+            # Without nvcc a kernel file still holds its choice of configurations, which needs no GPU.
+            for kernel in tools.KERNELS:
+                compile_job(kernel, [cxx, "-x", "c++", "-std=c++17", *common])
+        compile_job("bindings.cpp", [cxx, f"-std={found.cxx_standard}", *common, *macros, *from_torch])
+
+        self.run_jobs(jobs)
+        objects = [target for target, _, _ in jobs]
+        library = build_dir / output.name
+        link = [cxx, "-shared", *map(str, objects), *libraries, "-o", str(library)]
+        self.run_jobs([(library, objects, link)])
+        shutil.copy2(library, output)
+
+    def copy_extensions_to_source(self) -> None:
+        """Put the module into the source tree (--inplace) by renaming: who runs the old one keeps it whole."""
+        for ext in self.extensions:
+            built = Path(self.get_ext_fullpath(ext.name))
+            in_source = Path(self.get_ext_filename(ext.name))
+            beside = in_source.with_name(f".{in_source.name}.new")
+            shutil.copy2(built, beside)
+            beside.replace(in_source)
+
+    def run_jobs(self, jobs: list[tuple[Path, list[Path], list[str]]]) -> None:
+        """Run the commands whose output is stale, MAX_JOBS at a time."""
+
+        def run(job: tuple[Path, list[Path], list[str]]) -> None:
+            target, inputs, command = job
+            if not tools.stale(target, inputs, command):
+                return
+            print(" ".join(command), flush=True)
+            subprocess.run(command, check=True)
+            target.with_name(target.name + ".cmd").write_text("\n".join(command))
+
+        with ThreadPoolExecutor(int(os.environ.get("MAX_JOBS", os.cpu_count() or 1))) as pool:
+            list(pool.map(run, jobs))
+
+
+setup(
+    ext_modules=[Extension("marlin._C", sources=[], depends=["csrc/marlin.h", "csrc/layout.h"])],
+    cmdclass={"build_ext": BuildExtension},
+)
