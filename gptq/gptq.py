@@ -1,0 +1,195 @@
+"""GPTQ: rounds the weight of a linear layer so that its output, not the weight, changes least.
+
+Frantar, Ashkboos, Hoefler, Alistarh: "GPTQ: Accurate Post-Training Quantization for Generative Pre-trained Transformers",
+2022 (arXiv:2210.17323); names as there: W, H, Hinv, Q, err. Depends on torch, marlin.quantize and quant.py; llama2.py is
+the caller. docs/compression.md tells what each addition to the published algorithm is worth.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+
+import torch
+from torch import Tensor
+
+from gptq import quant
+from marlin import quantize
+
+log = logging.getLogger("gptq")
+
+# A Hessian that ten times the damping, that often, cannot make positive definite is no Hessian (NaN, or infinite inputs).
+MAX_DAMPING_STEPS = 8
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """How to round.
+
+    groupsize: input features that share a scale, -1 for all. percdamp: damping, a fraction of the mean diagonal of H.
+    act_order: columns in the order of falling diagonal of H, their groups staying what they are. static_groups: scales
+    chosen before the first column is rounded (always so with act_order), not when a group is entered. rule: of
+    quantize.RULES. passes: rounds of scale refit and coordinate descent afterwards. blocksize: columns of a lazy batch.
+    """
+
+    groupsize: int = 128
+    percdamp: float = 0.01
+    act_order: bool = True
+    static_groups: bool = False
+    rule: str = "search"
+    passes: int = 2
+    blocksize: int = 128
+
+
+@dataclasses.dataclass
+class Result:
+    """q (n, k) uint8 0..15, scales (n, groups) fp16, loss (n,): the squared error of every output feature."""
+
+    q: Tensor
+    scales: Tensor
+    loss: Tensor
+    percdamp: float
+
+
+class Hessian:
+    """Gathers H = 2/T sum x x^T over calibration inputs of any lengths, one call a sample."""
+
+    def __init__(self, k: int, device: torch.device | str = "cpu"):
+        self.H = torch.zeros(k, k, device=device)
+        self.num_tokens = 0
+
+    def add(self, x: Tensor) -> None:
+        """Adds a sample: x (..., k), float of any precision."""
+        x = x.reshape(-1, x.shape[-1]).float()
+        if not len(x):
+            return
+        total = self.num_tokens + len(x)
+        self.H.mul_(self.num_tokens / total).addmm_(x.t(), x, alpha=2.0 / total)
+        self.num_tokens = total
+
+
+def damped_inverse(H: Tensor, percdamp: float, name: str = "layer") -> tuple[Tensor, Tensor, float]:
+    """Damps H until it is positive definite, and inverts it.
+
+    Args:
+        H: (k, k) float32, symmetric, diagonal positive.
+        percdamp: first damping, a fraction of the mean diagonal; ten times more at every failure, logged.
+        name: of the layer, for the log.
+
+    Returns:
+        H damped (k, k); Hinv (k, k), the upper Cholesky factor of the inverse; the damping that it took.
+
+    Raises:
+        ValueError: no damping makes it positive definite.
+    """
+    mean = H.diagonal().mean()
+    for _ in range(MAX_DAMPING_STEPS):
+        damped = H.clone()
+        damped.diagonal().add_(percdamp * mean)
+        L, failed = torch.linalg.cholesky_ex(damped)
+        if not failed:
+            Hinv, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(L), upper=True)
+            if not failed and torch.isfinite(Hinv).all():
+                return damped, Hinv, percdamp
+        following = max(10 * percdamp, 1e-4)
+        log.warning(
+            "%s: the Hessian is not positive definite with damping %g, trying %g", name, percdamp, following
+        )
+        percdamp = following
+    raise ValueError(
+        f"gptq: the Hessian of {name} is not positive definite even with damping {percdamp:g}: its calibration inputs "
+        "hold NaN or infinite values"
+    )
+
+
+def gptq(W: Tensor, H: Tensor, options: Options = Options(), name: str = "layer") -> Result:
+    """Rounds a weight to 4 bits under the Hessian of its inputs.
+
+    Args:
+        W: weight (n, k), float.
+        H: (k, k) float32 on the same device, as Hessian gathers it.
+        options: see Options.
+        name: of the layer, for messages.
+
+    Returns:
+        A Result; its scales are exactly what is stored, and q was rounded to them.
+
+    Raises:
+        ValueError: H does not fit W or cannot be made positive definite.
+
+    Example:
+        >>> hessian = Hessian(128)
+        >>> hessian.add(torch.randn(1000, 128))
+        >>> result = gptq(torch.randn(64, 128), hessian.H, Options(groupsize=64))
+    """
+    n, k = W.shape
+    if H.shape != (k, k):
+        raise ValueError(f"gptq: H of {name} is {tuple(H.shape)} but W has {k} input features")
+    W = W.float()
+    # A dead input was zero in every sample: its column is rounded to nearest, and no other column hears of it.
+    dead = H.diagonal() == 0
+    if dead.any():
+        log.info("%s: %d of %d inputs were never active", name, int(dead.sum()), k)
+        H = H + torch.diag(dead.to(H.dtype) * H.diagonal().mean().clamp(min=1e-8))
+    group_of = torch.arange(k, device=W.device) // (k if options.groupsize == -1 else options.groupsize)
+    order = torch.argsort(H.diagonal(), descending=True) if options.act_order else group_of.argsort(stable=True)
+
+    H_ordered, Hinv, percdamp = damped_inverse(H[order][:, order], options.percdamp, name)
+    importance = torch.empty_like(H.diagonal())
+    importance[order] = H_ordered.diagonal()
+    scales = quantize.scales_for(W, options.groupsize, options.rule, importance)
+    entered = not (options.static_groups or options.act_order)
+    q, scales = _round_columns(W[:, order], Hinv, scales, group_of[order], importance, options, entered)
+
+    W_ordered = W[:, order]
+    for _ in range(options.passes):
+        scales = quant.refit_scales(W_ordered, q, scales, group_of[order], H_ordered)
+        q = quant.coordinate_descent(W_ordered, q, scales, group_of[order], H_ordered, options.blocksize)
+
+    Q = torch.empty_like(W)
+    Q[:, order] = q
+    q_stored = (Q + quantize.ZERO_POINT).to(torch.uint8)
+    final = quant.loss(W, quantize.dequantize(q_stored, scales, options.groupsize), H)
+    return Result(q_stored, scales, final, percdamp)
+
+
+def _round_columns(
+    W: Tensor,
+    Hinv: Tensor,
+    scales: Tensor,
+    group_of: Tensor,
+    importance: Tensor,
+    options: Options,
+    entered: bool,
+) -> tuple[Tensor, Tensor]:
+    """The algorithm of the paper: columns in turn, each one's error carried to those that follow.
+
+    W (n, k), Hinv (k, k) upper, scales (n, groups) fp16, group_of (k,), all in processing order. With `entered`, the scales
+    of a group are chosen anew from the updated weights when its first column comes up. Returns q (n, k) float32 centred,
+    and the scales.
+    """
+    W = W.clone()
+    q = torch.zeros_like(W)
+    scales = scales.clone()
+    k = W.shape[1]
+    groups = group_of.tolist()
+    for i1 in range(0, k, options.blocksize):
+        i2 = min(i1 + options.blocksize, k)
+        err = torch.zeros(len(W), i2 - i1, device=W.device)
+        for j in range(i1, i2):
+            g = groups[j]
+            if entered and (j == 0 or groups[j - 1] != g):
+                members = slice(j, j + groups.count(g))
+                if members.stop > i2:  # the lazy batch has not reached the rest of the group yet
+                    ahead = W[:, members].clone()
+                    ahead[:, i2 - j :] -= err[:, : j - i1] @ Hinv[i1:j, i2 : members.stop]
+                else:
+                    ahead = W[:, members]
+                scales[:, g] = quantize.scales_for(ahead, -1, options.rule, importance[members])[:, 0]
+            s = scales[:, g].float()
+            rounded = (W[:, j] / torch.where(s > 0, s, torch.ones_like(s))).round_().clamp_(-8, 7)
+            q[:, j] = torch.where(s > 0, rounded, torch.zeros_like(s))
+            err[:, j - i1] = (W[:, j] - q[:, j] * s) / Hinv[j, j]
+            W[:, j:i2] -= err[:, j - i1, None] * Hinv[j, j:i2]
+        W[:, i2:] -= err @ Hinv[i1:i2, i2:]
+    return q, scales

@@ -1,0 +1,94 @@
+"""Improving a rounded weight under the Hessian of its inputs: loss, refit of the scales, coordinate descent.
+
+Depends on torch and marlin.quantize, which holds the grid itself. gptq.py is the caller.
+
+Names as in the GPTQ paper: W (n, k) the weight, Q (n, k) its rounded counterpart, H (k, k) = 2/T sum x x^T over the T
+calibration inputs x. The loss of a layer is tr((W - Q) H (W - Q)^T), the squared error of its output.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from marlin.quantize import to_fp16_grid
+
+
+def loss(W: Tensor, Q: Tensor, H: Tensor) -> Tensor:
+    """Squared error of the output of every feature.
+
+    Args:
+        W: weight (n, k) float32.
+        Q: rounded weight (n, k) float32.
+        H: Hessian (k, k) float32.
+
+    Returns:
+        (n,) float32.
+    """
+    err = W - Q
+    return ((err @ H) * err).sum(dim=1)
+
+
+def refit_scales(W: Tensor, q: Tensor, scales: Tensor, group_of: Tensor, H: Tensor) -> Tensor:
+    """Finds the scales that minimise the loss while the stored values stay: a least-squares problem for every feature.
+
+    Args:
+        W: weight (n, k) float32.
+        q: centred stored values (n, k) float32, -8..7.
+        scales: (n, groups) fp16, kept wherever the problem has no positive solution.
+        group_of: (k,) int64, the group of each input feature.
+        H: Hessian (k, k) float32, positive definite.
+
+    Returns:
+        (n, groups) fp16, whose loss is not above that of `scales` for any feature.
+    """
+    n, num_groups = scales.shape
+    # Z_g is q with everything outside group g set to 0, so that Q = sum_g s_g Z_g.
+    member = torch.nn.functional.one_hot(group_of, num_groups).to(W.dtype)  # (k, groups)
+    M = W.new_empty(n, num_groups, num_groups)
+    for g in range(num_groups):
+        columns = (group_of == g).nonzero()[:, 0]
+        M[:, g] = ((q[:, columns] @ H[columns]) * q) @ member
+    b = ((W @ H) * q) @ member
+    diagonal = M.diagonal(dim1=1, dim2=2)
+    # A group whose values are all 0 has an empty row: a unit diagonal keeps the system solvable.
+    diagonal += torch.where(diagonal > 0, 1e-6 * diagonal, torch.ones_like(diagonal))
+    fit, info = torch.linalg.solve_ex(M, b)
+    usable = (info == 0)[:, None] & torch.isfinite(fit) & (fit > 0) & (scales > 0)
+    fit = torch.where(usable, to_fp16_grid(fit.clamp(min=0)), scales)
+    better = loss(W, q * fit.float()[:, group_of], H) < loss(W, q * scales.float()[:, group_of], H)
+    return torch.where(better[:, None], fit, scales)
+
+
+def coordinate_descent(
+    W: Tensor, q: Tensor, scales: Tensor, group_of: Tensor, H: Tensor, blocksize: int = 128
+) -> Tensor:
+    """Moves one stored value after another to the grid point that minimises the loss while all others stay.
+
+    Args:
+        W: weight (n, k) float32.
+        q: centred stored values (n, k) float32, -8..7.
+        scales: (n, groups) fp16.
+        group_of: (k,) int64, the group of each input feature.
+        H: Hessian (k, k) float32, diagonal positive.
+        blocksize: columns between two updates of the gradient by a matrix product.
+
+    Returns:
+        (n, k) float32, centred stored values whose loss is not above that of q for any feature.
+    """
+    q = q.clone()
+    s = scales.float()[:, group_of]
+    divisor = torch.where(s > 0, s, torch.ones_like(s))
+    err = W - q * s
+    diagonal = H.diagonal()
+    for i1 in range(0, W.shape[1], blocksize):
+        i2 = min(i1 + blocksize, W.shape[1])
+        gradient = err @ H[:, i1:i2]  # (n, block), of the loss by Q, halved and negated
+        for j in range(i1, i2):
+            best = q[:, j] + gradient[:, j - i1] / (diagonal[j] * divisor[:, j])
+            best = torch.where(s[:, j] > 0, best.round_().clamp_(-8, 7), q[:, j])
+            moved = (best - q[:, j]) * s[:, j]
+            q[:, j] = best
+            err[:, j] -= moved
+            gradient -= moved[:, None] * H[j, i1:i2]
+    return q
