@@ -18,6 +18,23 @@
 #include <cstring>
 #include <memory>
 
+#if (defined(__GNUC__) || defined(__clang__)) && defined(__x86_64__)
+#define MARLIN_X86 1
+#include <cpuid.h>
+#include <immintrin.h>
+#if !defined(__clang__)  // GCC 12 takes the deliberately undefined operands of its own AVX-512 headers for mistakes
+#pragma GCC diagnostic ignored "-Wuninitialized"
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#endif
+// The file is built for the oldest x86-64; these functions alone may use more, and run only where the processor can.
+#define MARLIN_AVX2 __attribute__((target("avx2,fma,f16c")))
+#define MARLIN_AVX512 __attribute__((target("avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512dq")))
+#define MARLIN_AVX2_INLINE MARLIN_AVX2 inline __attribute__((always_inline))
+#define MARLIN_AVX512_INLINE MARLIN_AVX512 inline __attribute__((always_inline))
+#else
+#define MARLIN_X86 0
+#endif
+
 namespace marlin {
 namespace {
 
@@ -29,6 +46,7 @@ constexpr int kBlockK = 128;      // rows of the weight between two visits to th
 constexpr int kMaxTokens = 256;   // of a task: a panel is unpacked once for that many
 constexpr int kMinTokens = 32;    // of a task, where tokens are cut finer because features are few
 constexpr int kEnoughTasks = 64;  // tokens are cut finer until there are so many
+constexpr int kPrefetchWords = 512;  // how far ahead of a panel B is fetched: 2 KB of its row
 constexpr int kSumsFloats = 131072;  // FP32 sums of a slice: 512 KB, half of a usual L2
 
 // One block of rows of one panel of features. Word w and half h below are where the panel begins: both B and s keep the
@@ -44,8 +62,10 @@ struct Panel {
 };
 
 struct Kernels {
-  int features;    // of a panel
-  int max_tokens;  // of a tile
+  int features;           // of a panel
+  int max_tokens;         // of a tile of multiply
+  int max_tokens_direct;  // of a tile of direct
+  int direct_up_to;       // tokens of a product that goes through direct
   // count elements of dtype <-> FP32
   void (*load_row)(const void* src, DType dtype, int64_t count, float* dst);
   void (*store_row)(const float* src, DType dtype, int64_t count, void* dst);
@@ -53,6 +73,8 @@ struct Kernels {
   void (*unpack)(const Panel& panel, float* W);
   // sums (tokens, features) += A (tokens, num_k of kBlockK) W (num_k, features)
   void (*multiply)(const float* A, const float* W, int tokens, int num_k, float* sums);
+  // Both in one for few tokens: the weights live in registers only, a group's sums are scaled instead of its weights.
+  void (*direct)(const Panel& panel, const float* A, int tokens, float* sums);
 };
 
 // Panels hold features in the order in which words unpack: of 2V features, position V upper + 4 (g - g_begin) + j is the
@@ -158,13 +180,381 @@ void multiply_portable(const float* A, const float* W, int tokens, int num_k, fl
   }
 }
 
-constexpr Kernels kPortable = {TILE_N, 8, load_row_portable, store_row_portable, unpack_portable, multiply_portable};
+constexpr Kernels kPortable = {
+    TILE_N, 8, 0, 0, load_row_portable, store_row_portable, unpack_portable, multiply_portable, nullptr};
+
+// ---------------------------------------------------------------------------------------------------------------------
+// AVX2, FMA, F16C
+// ---------------------------------------------------------------------------------------------------------------------
+
+#if MARLIN_X86
+
+// Of 16 features: 2 vectors.
+constexpr int kLanesAvx2 = 8;
+
+MARLIN_AVX2 void load_row_avx2(const void* src, DType dtype, int64_t count, float* dst) {
+  if (dtype == DType::f32) return load_row_portable(src, dtype, count, dst);
+  const auto* halves = static_cast<const uint16_t*>(src);
+  int64_t i = 0;
+  for (; i + 8 <= count; i += 8) {
+    const __m128i h = _mm_loadu_si128(reinterpret_cast<const __m128i*>(halves + i));
+    const __m256 bf = _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(h), 16));
+    _mm256_storeu_ps(dst + i, dtype == DType::f16 ? _mm256_cvtph_ps(h) : bf);
+  }
+  load_row_portable(halves + i, dtype, count - i, dst + i);
+}
+
+MARLIN_AVX2 void store_row_avx2(const float* src, DType dtype, int64_t count, void* dst) {
+  if (dtype == DType::f32) return store_row_portable(src, dtype, count, dst);
+  auto* halves = static_cast<uint16_t*>(dst);
+  int64_t i = 0;
+  for (; i + 8 <= count; i += 8) {
+    const __m256 x = _mm256_loadu_ps(src + i);
+    __m128i h;
+    if (dtype == DType::f16) {
+      h = _mm256_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+    } else {  // as to_bfloat
+      const __m256i bits = _mm256_castps_si256(x);
+      const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
+      const __m256i near = _mm256_add_epi32(bits, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff)));
+      const __m256i quiet = _mm256_or_si256(bits, _mm256_set1_epi32(0x400000));
+      const __m256 bf =
+          _mm256_blendv_ps(_mm256_castsi256_ps(near), _mm256_castsi256_ps(quiet), _mm256_cmp_ps(x, x, _CMP_UNORD_Q));
+      const __m256i upper = _mm256_srli_epi32(_mm256_castps_si256(bf), 16);
+      h = _mm_packus_epi32(_mm256_castsi256_si128(upper), _mm256_extracti128_si256(upper, 1));
+    }
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(halves + i), h);
+  }
+  store_row_portable(src + i, dtype, count - i, halves + i);
+}
+
+// The words of thread t of two lane groups: 4 of each.
+MARLIN_AVX2_INLINE __m256i words_avx2(const int32_t* words, int t) {
+  const __m128i* quads = reinterpret_cast<const __m128i*>(words);
+  return _mm256_inserti128_si256(_mm256_castsi128_si256(_mm_loadu_si128(quads + t)), _mm_loadu_si128(quads + 4 + t), 1);
+}
+
+// Nibble i of each word, as FP32 q - 8. In place: under the exponent of 2^(23 - 4i) bits 4i .. 4i+3 of the mantissa count
+// ones, so that `magic | nibble` is 2^(23 - 4i) + q. Two logical operations and a subtraction run on three ports, where
+// a shift and a conversion would crowd two. The mantissa has 23 bits: nibbles 5..7 come from the word shifted by 12.
+MARLIN_AVX2_INLINE __m256 nibble_avx2(__m256i w, __m256i w12, int i) {
+  const int place = i < 5 ? i : i - 3;
+  const __m256i mask = _mm256_set1_epi32(15 << 4 * place);
+  const __m256i magic = _mm256_set1_epi32((127 + 23 - 4 * place) << 23);
+  const __m256 offset = _mm256_set1_ps(static_cast<float>((1 << (23 - 4 * place)) + ZERO_POINT));
+  const __m256i q = _mm256_or_si256(_mm256_and_si256(i < 5 ? w : w12, mask), magic);
+  return _mm256_sub_ps(_mm256_castsi256_ps(q), offset);
+}
+
+MARLIN_AVX2_INLINE void scales_avx2(const uint16_t* s, __m256 scale[2]) {
+  const __m256i pairs = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(s));  // upper is the upper half
+  const __m256i mixed =
+      _mm256_packus_epi32(_mm256_and_si256(pairs, _mm256_set1_epi32(0xffff)), _mm256_srli_epi32(pairs, 16));
+  const __m256i halves =
+      _mm256_permute4x64_epi64(mixed, 0xd8);  // packus works in 128-bit lanes: swap the middle quarters
+  scale[0] = _mm256_cvtph_ps(_mm256_castsi256_si128(halves));
+  scale[1] = _mm256_cvtph_ps(_mm256_extracti128_si256(halves, 1));
+}
+
+MARLIN_AVX2 void unpack_avx2(const Panel& panel, float* W) {
+  const uint16_t* s = panel.s;
+  int left = panel.group_k16_left;
+  __m256 scale[2];  // (upper)
+  scales_avx2(s, scale);
+  for (int k16 = 0; k16 < panel.num_k16; ++k16, --left) {
+    if (left == 0) {
+      s += panel.s_stride, left = panel.group_k16;
+      scales_avx2(s, scale);
+    }
+    const int32_t* words = panel.B + k16 * panel.b_stride;
+    _mm_prefetch(reinterpret_cast<const char*>(words + kPrefetchWords), _MM_HINT_T0);
+    for (int t = 0; t < 4; ++t) {
+      const __m256i w = words_avx2(words, t), w12 = _mm256_srli_epi32(w, 12);
+#pragma GCC unroll 8
+      for (int i = 0; i < 8; ++i) {  // nibbles: bit 0 is far, bit 1 upper, bit 2 odd
+        const int k = TILE_K * k16 + 2 * t + 8 * (i & 1) + (i >> 2), upper = i >> 1 & 1;
+        _mm256_storeu_ps(W + (2 * k + upper) * kLanesAvx2, _mm256_mul_ps(nibble_avx2(w, w12, i), scale[upper]));
+      }
+    }
+  }
+}
+
+template <int kTokens>
+MARLIN_AVX2 void multiply_tile_avx2(const float* A, const float* W, int num_k, float* sums) {
+  __m256 acc[kTokens][2];  // (tokens, upper)
+#pragma GCC unroll 8
+  for (int m = 0; m < kTokens; ++m) {
+    acc[m][0] = _mm256_loadu_ps(sums + 2 * m * kLanesAvx2),
+    acc[m][1] = _mm256_loadu_ps(sums + (2 * m + 1) * kLanesAvx2);
+  }
+  for (int k = 0; k < num_k; ++k) {
+    const __m256 w0 = _mm256_loadu_ps(W + 2 * k * kLanesAvx2), w1 = _mm256_loadu_ps(W + (2 * k + 1) * kLanesAvx2);
+#pragma GCC unroll 8
+    for (int m = 0; m < kTokens; ++m) {
+      const __m256 a = _mm256_broadcast_ss(A + m * kBlockK + k);
+      acc[m][0] = _mm256_fmadd_ps(a, w0, acc[m][0]), acc[m][1] = _mm256_fmadd_ps(a, w1, acc[m][1]);
+    }
+  }
+#pragma GCC unroll 8
+  for (int m = 0; m < kTokens; ++m) {
+    _mm256_storeu_ps(sums + 2 * m * kLanesAvx2, acc[m][0]),
+        _mm256_storeu_ps(sums + (2 * m + 1) * kLanesAvx2, acc[m][1]);
+  }
+}
+
+void multiply_avx2(const float* A, const float* W, int tokens, int num_k, float* sums) {
+  switch (tokens) {
+    case 1: return multiply_tile_avx2<1>(A, W, num_k, sums);
+    case 2: return multiply_tile_avx2<2>(A, W, num_k, sums);
+    case 3: return multiply_tile_avx2<3>(A, W, num_k, sums);
+    case 4: return multiply_tile_avx2<4>(A, W, num_k, sums);
+    case 5: return multiply_tile_avx2<5>(A, W, num_k, sums);
+    case 6: return multiply_tile_avx2<6>(A, W, num_k, sums);
+  }
+}
+
+template <int kTokens>
+MARLIN_AVX2 void direct_tile_avx2(const Panel& panel, const float* A, float* sums) {
+  constexpr int kChains = kTokens <= 2 ? 2 : 1;  // an FMA takes 4 cycles, two start in each
+  const uint16_t* s = panel.s;
+  int left = panel.group_k16_left;
+  for (int k16 = 0; k16 < panel.num_k16;) {
+    const int k16_end = std::min(panel.num_k16, k16 + left);
+    __m256 acc[kTokens][2][kChains];  // (tokens, upper, chains)
+    for (auto& token : acc) {
+      for (auto& chains : token) std::fill_n(chains, kChains, _mm256_setzero_ps());
+    }
+    for (; k16 < k16_end; ++k16) {
+      const int32_t* words = panel.B + k16 * panel.b_stride;
+      _mm_prefetch(reinterpret_cast<const char*>(words + kPrefetchWords), _MM_HINT_T0);
+#pragma GCC unroll 4
+      for (int t = 0; t < 4; ++t) {
+        const __m256i w = words_avx2(words, t), w12 = _mm256_srli_epi32(w, 12);
+#pragma GCC unroll 4
+        for (int i = 0; i < 4; ++i) {  // k: bit 0 is far, bit 1 odd
+          const float* a_k = A + TILE_K * k16 + 2 * t + 8 * (i & 1) + (i >> 1);
+          const int lower = (i & 1) + 4 * (i >> 1), chain = i % kChains;
+          const __m256 w0 = nibble_avx2(w, w12, lower), w1 = nibble_avx2(w, w12, lower + 2);
+#pragma GCC unroll 8
+          for (int m = 0; m < kTokens; ++m) {
+            const __m256 a = _mm256_broadcast_ss(a_k + m * kBlockK);
+            acc[m][0][chain] = _mm256_fmadd_ps(a, w0, acc[m][0][chain]);
+            acc[m][1][chain] = _mm256_fmadd_ps(a, w1, acc[m][1][chain]);
+          }
+        }
+      }
+    }
+    __m256 scale[2];  // (upper)
+    scales_avx2(s, scale);
+#pragma GCC unroll 8
+    for (int m = 0; m < kTokens; ++m) {
+#pragma GCC unroll 2
+      for (int upper = 0; upper < 2; ++upper) {
+        float* sum = sums + (2 * m + upper) * kLanesAvx2;
+        __m256 acc_all = acc[m][upper][0];
+        if (kChains == 2) acc_all = _mm256_add_ps(acc_all, acc[m][upper][kChains - 1]);
+        _mm256_storeu_ps(sum, _mm256_fmadd_ps(acc_all, scale[upper], _mm256_loadu_ps(sum)));
+      }
+    }
+    s += panel.s_stride, left = panel.group_k16;
+  }
+}
+
+void direct_avx2(const Panel& panel, const float* A, int tokens, float* sums) {
+  switch (tokens) {
+    case 1: return direct_tile_avx2<1>(panel, A, sums);
+    case 2: return direct_tile_avx2<2>(panel, A, sums);
+    case 3: return direct_tile_avx2<3>(panel, A, sums);
+    case 4: return direct_tile_avx2<4>(panel, A, sums);
+  }
+}
+
+constexpr Kernels kAvx2 = {2 * kLanesAvx2, 6,          4, 12, load_row_avx2, store_row_avx2, unpack_avx2,
+                           multiply_avx2,  direct_avx2};
+
+// ---------------------------------------------------------------------------------------------------------------------
+// AVX-512
+// ---------------------------------------------------------------------------------------------------------------------
+
+// Of 32 features: 2 vectors.
+constexpr int kLanesAvx512 = 16;
+
+// The words of four lane groups, each with one t: 4x4 transpose of 128-bit quarters.
+MARLIN_AVX512_INLINE void words_avx512(const int32_t* words, __m512i by_t[4]) {
+  const __m512i g0 = _mm512_loadu_si512(words), g1 = _mm512_loadu_si512(words + 16);
+  const __m512i g2 = _mm512_loadu_si512(words + 32), g3 = _mm512_loadu_si512(words + 48);
+  const __m512i t01_g01 = _mm512_shuffle_i32x4(g0, g1, 0x44), t23_g01 = _mm512_shuffle_i32x4(g0, g1, 0xee);
+  const __m512i t01_g23 = _mm512_shuffle_i32x4(g2, g3, 0x44), t23_g23 = _mm512_shuffle_i32x4(g2, g3, 0xee);
+  by_t[0] = _mm512_shuffle_i32x4(t01_g01, t01_g23, 0x88), by_t[1] = _mm512_shuffle_i32x4(t01_g01, t01_g23, 0xdd);
+  by_t[2] = _mm512_shuffle_i32x4(t23_g01, t23_g23, 0x88), by_t[3] = _mm512_shuffle_i32x4(t23_g01, t23_g23, 0xdd);
+}
+
+// Nibble i of each word, as FP32 q - 8: vpermps looks at four bits of each index, so that no mask is needed.
+MARLIN_AVX512_INLINE __m512 nibble_avx512(__m512i w, int i) {
+  const __m512 values = _mm512_setr_ps(-8, -7, -6, -5, -4, -3, -2, -1, 0, 1, 2, 3, 4, 5, 6, 7);
+  return _mm512_permutexvar_ps(i == 0 ? w : _mm512_srli_epi32(w, 4 * i), values);
+}
+
+MARLIN_AVX512_INLINE void scales_avx512(const uint16_t* s, __m512 scale[2]) {
+  const __m512i pairs = _mm512_loadu_si512(s);  // upper is the upper half
+  scale[0] = _mm512_cvtph_ps(_mm512_cvtepi32_epi16(pairs));
+  scale[1] = _mm512_cvtph_ps(_mm512_cvtepi32_epi16(_mm512_srli_epi32(pairs, 16)));
+}
+
+MARLIN_AVX512 void unpack_avx512(const Panel& panel, float* W) {
+  const uint16_t* s = panel.s;
+  int left = panel.group_k16_left;
+  __m512 scale[2];  // (upper)
+  scales_avx512(s, scale);
+  for (int k16 = 0; k16 < panel.num_k16; ++k16, --left) {
+    if (left == 0) {
+      s += panel.s_stride, left = panel.group_k16;
+      scales_avx512(s, scale);
+    }
+    __m512i by_t[4];
+    const int32_t* words = panel.B + k16 * panel.b_stride;
+    for (int line = 0; line < 4; ++line) {
+      _mm_prefetch(reinterpret_cast<const char*>(words + kPrefetchWords + 16 * line), _MM_HINT_T0);
+    }
+    words_avx512(words, by_t);
+#pragma GCC unroll 4
+    for (int t = 0; t < 4; ++t) {
+#pragma GCC unroll 8
+      for (int i = 0; i < 8; ++i) {  // nibbles: bit 0 is far, bit 1 upper, bit 2 odd
+        const int k = TILE_K * k16 + 2 * t + 8 * (i & 1) + (i >> 2), upper = i >> 1 & 1;
+        _mm512_storeu_ps(W + (2 * k + upper) * kLanesAvx512, _mm512_mul_ps(nibble_avx512(by_t[t], i), scale[upper]));
+      }
+    }
+  }
+}
+
+template <int kTokens>
+MARLIN_AVX512 void multiply_tile_avx512(const float* A, const float* W, int num_k, float* sums) {
+  __m512 acc[kTokens][2];  // (tokens, upper)
+#pragma GCC unroll 16
+  for (int m = 0; m < kTokens; ++m) {
+    acc[m][0] = _mm512_loadu_ps(sums + 2 * m * kLanesAvx512);
+    acc[m][1] = _mm512_loadu_ps(sums + (2 * m + 1) * kLanesAvx512);
+  }
+  for (int k = 0; k < num_k; ++k) {
+    const __m512 w0 = _mm512_loadu_ps(W + 2 * k * kLanesAvx512), w1 = _mm512_loadu_ps(W + (2 * k + 1) * kLanesAvx512);
+#pragma GCC unroll 16
+    for (int m = 0; m < kTokens; ++m) {
+      const __m512 a = _mm512_set1_ps(A[m * kBlockK + k]);
+      acc[m][0] = _mm512_fmadd_ps(a, w0, acc[m][0]), acc[m][1] = _mm512_fmadd_ps(a, w1, acc[m][1]);
+    }
+  }
+#pragma GCC unroll 16
+  for (int m = 0; m < kTokens; ++m) {
+    _mm512_storeu_ps(sums + 2 * m * kLanesAvx512, acc[m][0]);
+    _mm512_storeu_ps(sums + (2 * m + 1) * kLanesAvx512, acc[m][1]);
+  }
+}
+
+template <int kTokens>
+MARLIN_AVX512 void direct_tile_avx512(const Panel& panel, const float* A, float* sums) {
+  constexpr int kChains = kTokens <= 3 ? 2 : 1;  // an FMA takes 4 cycles, two start in each
+  const uint16_t* s = panel.s;
+  int left = panel.group_k16_left;
+  for (int k16 = 0; k16 < panel.num_k16;) {
+    const int k16_end = std::min(panel.num_k16, k16 + left);
+    __m512 acc[kTokens][2][kChains];  // (tokens, upper, chains)
+    for (auto& token : acc) {
+      for (auto& chains : token) std::fill_n(chains, kChains, _mm512_setzero_ps());
+    }
+    for (; k16 < k16_end; ++k16) {
+      const int32_t* words = panel.B + k16 * panel.b_stride;
+      for (int line = 0; line < 4; ++line) {
+        _mm_prefetch(reinterpret_cast<const char*>(words + kPrefetchWords + 16 * line), _MM_HINT_T0);
+      }
+      __m512i by_t[4];
+      words_avx512(words, by_t);
+#pragma GCC unroll 4
+      for (int t = 0; t < 4; ++t) {
+#pragma GCC unroll 4
+        for (int i = 0; i < 4; ++i) {  // k: bit 0 is far, bit 1 odd
+          const float* a_k = A + TILE_K * k16 + 2 * t + 8 * (i & 1) + (i >> 1);
+          const int lower = (i & 1) + 4 * (i >> 1), chain = i % kChains;
+          const __m512 w0 = nibble_avx512(by_t[t], lower), w1 = nibble_avx512(by_t[t], lower + 2);
+#pragma GCC unroll 16
+          for (int m = 0; m < kTokens; ++m) {
+            const __m512 a = _mm512_set1_ps(a_k[m * kBlockK]);
+            acc[m][0][chain] = _mm512_fmadd_ps(a, w0, acc[m][0][chain]);
+            acc[m][1][chain] = _mm512_fmadd_ps(a, w1, acc[m][1][chain]);
+          }
+        }
+      }
+    }
+    __m512 scale[2];  // (upper)
+    scales_avx512(s, scale);
+#pragma GCC unroll 16
+    for (int m = 0; m < kTokens; ++m) {
+#pragma GCC unroll 2
+      for (int upper = 0; upper < 2; ++upper) {
+        float* sum = sums + (2 * m + upper) * kLanesAvx512;
+        __m512 acc_all = acc[m][upper][0];
+        if (kChains == 2) acc_all = _mm512_add_ps(acc_all, acc[m][upper][kChains - 1]);
+        _mm512_storeu_ps(sum, _mm512_fmadd_ps(acc_all, scale[upper], _mm512_loadu_ps(sum)));
+      }
+    }
+    s += panel.s_stride, left = panel.group_k16;
+  }
+}
+
+// clang-format off
+void multiply_avx512(const float* A, const float* W, int tokens, int num_k, float* sums) {
+  switch (tokens) {
+    case 1: return multiply_tile_avx512<1>(A, W, num_k, sums);
+    case 2: return multiply_tile_avx512<2>(A, W, num_k, sums);
+    case 3: return multiply_tile_avx512<3>(A, W, num_k, sums);
+    case 4: return multiply_tile_avx512<4>(A, W, num_k, sums);
+    case 5: return multiply_tile_avx512<5>(A, W, num_k, sums);
+    case 6: return multiply_tile_avx512<6>(A, W, num_k, sums);
+    case 7: return multiply_tile_avx512<7>(A, W, num_k, sums);
+    case 8: return multiply_tile_avx512<8>(A, W, num_k, sums);
+    case 9: return multiply_tile_avx512<9>(A, W, num_k, sums);
+    case 10: return multiply_tile_avx512<10>(A, W, num_k, sums);
+    case 11: return multiply_tile_avx512<11>(A, W, num_k, sums);
+    case 12: return multiply_tile_avx512<12>(A, W, num_k, sums);
+    case 13: return multiply_tile_avx512<13>(A, W, num_k, sums);
+    case 14: return multiply_tile_avx512<14>(A, W, num_k, sums);
+  }
+}
+
+void direct_avx512(const Panel& panel, const float* A, int tokens, float* sums) {
+  switch (tokens) {
+    case 1: return direct_tile_avx512<1>(panel, A, sums);
+    case 2: return direct_tile_avx512<2>(panel, A, sums);
+    case 3: return direct_tile_avx512<3>(panel, A, sums);
+    case 4: return direct_tile_avx512<4>(panel, A, sums);
+    case 5: return direct_tile_avx512<5>(panel, A, sums);
+    case 6: return direct_tile_avx512<6>(panel, A, sums);
+    case 7: return direct_tile_avx512<7>(panel, A, sums);
+    case 8: return direct_tile_avx512<8>(panel, A, sums);
+    case 9: return direct_tile_avx512<9>(panel, A, sums);
+    case 10: return direct_tile_avx512<10>(panel, A, sums);
+    case 11: return direct_tile_avx512<11>(panel, A, sums);
+    case 12: return direct_tile_avx512<12>(panel, A, sums);
+  }
+}
+// clang-format on
+
+constexpr Kernels kAvx512 = {2 * kLanesAvx512, 14,           10, 20, load_row_avx2, store_row_avx2, unpack_avx512,
+                             multiply_avx512,  direct_avx512};
+
+#endif  // MARLIN_X86
 
 // ---------------------------------------------------------------------------------------------------------------------
 // The walk
 // ---------------------------------------------------------------------------------------------------------------------
 
-const Kernels& kernels_of(Isa) { return kPortable; }
+const Kernels& kernels_of(Isa isa) {
+#if MARLIN_X86
+  if (isa == Isa::avx512) return kAvx512;
+  if (isa == Isa::avx2) return kAvx2;
+#endif
+  return kPortable;
+}
 
 int64_t element_bytes(DType dtype) { return dtype == DType::f32 ? 4 : 2; }
 
@@ -199,7 +589,9 @@ struct Scratch {
 void run_slice(const Problem& p, const Kernels& kernels, int64_t m_begin, int64_t m_end, int64_t n_begin,
                int64_t n_end) {
   const int64_t tokens = m_end - m_begin, features = n_end - n_begin, bytes = element_bytes(p.dtype);
-  const int64_t num_tiles = (tokens + kernels.max_tokens - 1) / kernels.max_tokens;
+  const bool direct = p.M <= kernels.direct_up_to;
+  const int64_t max_tokens = direct ? kernels.max_tokens_direct : kernels.max_tokens;
+  const int64_t num_tiles = (tokens + max_tokens - 1) / max_tokens;
   const auto tile_begin = [&](int64_t tile_idx) { return tokens * tile_idx / num_tiles; };
   const Scratch scratch(tokens, features);
 
@@ -229,11 +621,17 @@ void run_slice(const Problem& p, const Kernels& kernels, int64_t m_begin, int64_
       panel.num_k16 = static_cast<int>(num_k / TILE_K);
       panel.group_k16 = static_cast<int>(p.group / TILE_K);
       panel.group_k16_left = static_cast<int>((p.group - k % p.group) / TILE_K);
-      kernels.unpack(panel, scratch.W);
+      if (!direct) kernels.unpack(panel, scratch.W);
       for (int64_t tile_idx = 0; tile_idx < num_tiles; ++tile_idx) {
         const int64_t m = tile_begin(tile_idx), m_next = tile_begin(tile_idx + 1);
-        kernels.multiply(scratch.A + m * kBlockK, scratch.W, static_cast<int>(m_next - m), static_cast<int>(num_k),
-                         scratch.sums + n * tokens + m * kernels.features);
+        const int tile = static_cast<int>(m_next - m);
+        const float* A = scratch.A + m * kBlockK;
+        float* sums = scratch.sums + n * tokens + m * kernels.features;
+        if (direct) {
+          kernels.direct(panel, A, tile, sums);
+        } else {
+          kernels.multiply(A, scratch.W, tile, static_cast<int>(num_k), sums);
+        }
       }
     }
   }
@@ -264,7 +662,18 @@ void run_slice(const Problem& p, const Kernels& kernels, int64_t m_begin, int64_
 // Entry points
 // ---------------------------------------------------------------------------------------------------------------------
 
-Isa cpu_best_isa() { return Isa::portable; }
+Isa cpu_best_isa() {
+#if MARLIN_X86
+  // The builtin asks the operating system too; not every compiler's knows F16C: bit 29 of ecx of leaf 1.
+  unsigned eax = 0, ebx = 0, ecx = 0, edx = 0;
+  const bool f16c = __get_cpuid(1, &eax, &ebx, &ecx, &edx) && (ecx >> 29 & 1);
+  const bool avx2 = f16c && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+  const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                      __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
+  if (avx2) return avx512 ? Isa::avx512 : Isa::avx2;
+#endif
+  return Isa::portable;
+}
 
 int64_t cpu_num_tasks(const Problem& p) { return num_token_blocks(p) * (p.N / TILE_N); }
 
