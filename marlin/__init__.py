@@ -15,8 +15,21 @@ except ImportError as error:
         "or, to run from the source tree, python setup.py build_ext --inplace"
     ) from error
 
+from .layer import Layer, replace_linear
+from .layout import pack_weights, permute_scales, unpack_weights, unpermute_scales
 from .ops import linear, mul
 
 __version__ = "0.1.0"
 
-__all__ = ["_C", "__version__", "linear", "mul"]
+__all__ = [
+    "Layer",
+    "_C",
+    "__version__",
+    "linear",
+    "mul",
+    "pack_weights",
+    "permute_scales",
+    "replace_linear",
+    "unpack_weights",
+    "unpermute_scales",
+]

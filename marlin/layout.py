@@ -1,0 +1,183 @@
+"""The packed weight format in Python: the twin of csrc/layout.h, where it is drawn.
+
+Depends on torch alone; every function runs on any device. Called by layer.py and the checkpoint readers. The index maps
+are the format; packing and unpacking are the same maps as views and transposes, which need no tables.
+tests/test_layout.py compares all of it with layout.h.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+TILE_K = 16  # rows of the weight in one row of B
+TILE_N = 64  # features in one chunk
+ZERO_POINT = 8  # the stored value that means 0
+
+_CHUNK_ROWS = 64  # rows of B packed at a time: bounds the temporaries to some 10 MB per 8192 features
+
+
+def nibble_index(K: int, N: int, device: torch.device | str | None = None) -> tuple[Tensor, Tensor]:
+    """Return where B holds each value of a weight.
+
+    Args:
+        K: input features, a multiple of 16.
+        N: output features, a multiple of 64.
+        device: of the result.
+
+    Returns:
+        word (K, N) int64, the index into B counted in int32; shift (K, N) int64, the bits below the value in it.
+
+    Example:
+        >>> word, shift = nibble_index(16, 64)
+        >>> (B.flatten()[word] >> shift) & 15  # q
+    """
+    k = torch.arange(K, device=device)[:, None]
+    n = torch.arange(N, device=device)[None, :]
+    k16, n64 = k % TILE_K, n % TILE_N
+    j, upper, g = n64 // 16, n64 // 8 % 2, n64 % 8
+    far, t, odd = k16 // 8, k16 % 8 // 2, k16 % 2
+    lane = 4 * g + t
+    word = k // TILE_K * (2 * N) + n // TILE_N * 128 + 4 * lane + j
+    shift = 4 * (4 * odd + 2 * upper + far)
+    return word, shift
+
+
+def scale_index(N: int, device: torch.device | str | None = None) -> Tensor:
+    """Return the position (N,) int64 of each column in a row of grouped scales; N a multiple of 64."""
+    n = torch.arange(N, device=device)
+    c = n % 64
+    return n - c + 8 * (c % 8) + c // 8
+
+
+def scale_index_channelwise(N: int, device: torch.device | str | None = None) -> Tensor:
+    """Return the position (N,) int64 of each column in the row of a single group; N a multiple of 32."""
+    n = torch.arange(N, device=device)
+    c = n % 32
+    return n - c + 8 * (c % 8 // 2) + 2 * (c // 8) + c % 2
+
+
+def pack_weights(q: Tensor) -> Tensor:
+    """Return the packed form B of stored values.
+
+    Args:
+        q: (K, N), any integer dtype, values 0..15; K a multiple of 16, N of 64.
+
+    Returns:
+        B (K / 16, 2 N), int32, on the device of q.
+
+    Raises:
+        ValueError: q has another shape, dtype or a value outside 0..15.
+
+    Example:
+        >>> B = pack_weights(torch.randint(0, 16, (256, 128), dtype=torch.uint8))
+    """
+    if q.dim() != 2 or q.shape[0] % TILE_K or q.shape[1] % TILE_N:
+        raise ValueError(
+            f"marlin.pack_weights: q has shape {tuple(q.shape)} but should be (K, N) "
+            f"with K a multiple of {TILE_K} and N of {TILE_N}"
+        )
+    if q.is_floating_point() or q.is_complex() or q.dtype == torch.bool:
+        raise ValueError(f"marlin.pack_weights: q is {q.dtype} but should be of an integer dtype")
+    K, N = q.shape
+    B = torch.empty(K // TILE_K, 2 * N, dtype=torch.int32, device=q.device)
+    for row in range(0, K // TILE_K, _CHUNK_ROWS):
+        rows = q[TILE_K * row : TILE_K * (row + _CHUNK_ROWS)]
+        if int(rows.min()) < 0 or int(rows.max()) > 15:
+            raise ValueError("marlin.pack_weights: q has a value outside 0..15")
+        # Adjacent in memory until the last step: elements are cheap to combine and dear to transpose, and a word is a
+        # quarter as many elements as the bytes in it. See nibble_index for the names.
+        k_far = rows.to(torch.uint8).contiguous().view(-1, 2, 4, 2, N)  # (k16 rows, far, t, odd, n)
+        low = (k_far[:, 0] | (k_far[:, 1] << 4)).view(-1, 4, 2, N // 16, 2, 8)  # .., n / 16, upper, g)
+        half = low[..., 0, :].to(torch.int16) | (low[..., 1, :].to(torch.int16) << 8)
+        word = (half[:, :, 0].to(torch.int32) & 0xFFFF) | (half[:, :, 1].to(torch.int32) << 16)
+        word = word.view(-1, 4, N // TILE_N, 4, 8)  # (k16 rows, t, chunks, j, g)
+        B[row : row + _CHUNK_ROWS] = word.permute(0, 2, 4, 1, 3).reshape(-1, 2 * N)
+    return B
+
+
+def unpack_weights(B: Tensor) -> Tensor:
+    """Return the stored values of a packed weight.
+
+    Args:
+        B: (K / 16, 2 N), int32.
+
+    Returns:
+        q (K, N), uint8, values 0..15, on the device of B.
+
+    Raises:
+        ValueError: B has another shape or dtype.
+
+    Example:
+        >>> assert torch.equal(unpack_weights(pack_weights(q)), q)
+    """
+    if B.dtype != torch.int32:
+        raise ValueError(f"marlin.unpack_weights: B is {B.dtype} but should be torch.int32")
+    if B.dim() != 2 or B.shape[1] % (2 * TILE_N):
+        raise ValueError(
+            f"marlin.unpack_weights: B has shape {tuple(B.shape)} but should be (K / 16, 2 N) "
+            f"with N a multiple of {TILE_N}"
+        )
+    N = B.shape[1] // 2
+    q = torch.empty(B.shape[0] * TILE_K, N, dtype=torch.uint8, device=B.device)
+    for row in range(0, B.shape[0], _CHUNK_ROWS):
+        word = B[row : row + _CHUNK_ROWS].reshape(-1, N // TILE_N, 8, 4, 4)  # (.., chunks, g, t, j)
+        word = word.permute(0, 3, 1, 4, 2).contiguous().view(-1, 4, N // 16, 8)  # (.., t, n / 16, g)
+        low = torch.empty(word.shape[0], 4, 2, N // 16, 2, 8, dtype=torch.uint8, device=B.device)
+        for odd in range(2):
+            for upper in range(2):
+                low[:, :, odd, :, upper] = (word >> (16 * odd + 8 * upper)).to(torch.uint8)
+        low = low.view(-1, 4, 2, N)
+        out = q[TILE_K * row : TILE_K * (row + _CHUNK_ROWS)].view(-1, 2, 4, 2, N)
+        torch.bitwise_and(low, 15, out=out[:, 0])
+        torch.bitwise_right_shift(low, 4, out=out[:, 1])
+    return q
+
+
+def permute_scales(s: Tensor) -> Tensor:
+    """Return scales in the order of the packed format; one group is permuted in another way than several.
+
+    Args:
+        s: (groups, N), any dtype, N a multiple of 64.
+
+    Returns:
+        (groups, N) of the same dtype, contiguous.
+
+    Raises:
+        ValueError: s has another shape.
+
+    Example:
+        >>> layer.s.copy_(permute_scales(scales.t()))
+    """
+    _check_scales("permute_scales", s)
+    if s.shape[0] == 1:
+        return s.reshape(-1, 4, 4, 2).transpose(1, 2).reshape(s.shape)
+    return s.reshape(-1, 8, 8).transpose(1, 2).reshape(s.shape)
+
+
+def unpermute_scales(s: Tensor) -> Tensor:
+    """Return scales of the packed format in the order of the columns: the inverse of permute_scales.
+
+    Args:
+        s: (groups, N), any dtype, N a multiple of 64.
+
+    Returns:
+        (groups, N) of the same dtype, contiguous.
+
+    Raises:
+        ValueError: s has another shape.
+
+    Example:
+        >>> assert torch.equal(unpermute_scales(permute_scales(s)), s)
+    """
+    _check_scales("unpermute_scales", s)
+    # Both permutations swap two axes of equal length, so each is its own inverse.
+    return permute_scales(s)
+
+
+def _check_scales(function: str, s: Tensor) -> None:
+    if s.dim() != 2 or s.shape[1] % TILE_N:
+        raise ValueError(
+            f"marlin.{function}: s has shape {tuple(s.shape)} but should be (groups, N) "
+            f"with N a multiple of {TILE_N}"
+        )
