@@ -641,15 +641,16 @@ void run_slice(const Problem& p, const Kernels& kernels, int64_t m_begin, int64_
   if (p.bias && n_begin < n_stop) {
     kernels.load_row(static_cast<const char*>(p.bias) + n_begin * bytes, p.dtype, n_stop - n_begin, scratch.bias);
   }
+  int64_t source[TILE_N];  // where the sum of a feature of a chunk is, from that of the first one
+  for (int u = 0; u < TILE_N; ++u) {
+    const int panel_begin = u / kernels.features * kernels.features;
+    source[unpacked_feature(kernels.features, u)] = panel_begin * tokens + u - panel_begin;
+  }
   for (int64_t n = n_begin; n < n_stop; n += TILE_N) {
     for (int64_t m = 0; m < tokens; ++m) {
+      const float* sums = scratch.sums + (n - n_begin) * tokens + m * kernels.features;
       float row[TILE_N];
-      for (int u = 0; u < TILE_N; ++u) {
-        const int panel_begin = u / kernels.features * kernels.features,
-                  feature = unpacked_feature(kernels.features, u);
-        row[feature] = scratch.sums[(n - n_begin + panel_begin) * tokens + m * kernels.features + u - panel_begin] +
-                       scratch.bias[n - n_begin + feature];
-      }
+      for (int i = 0; i < TILE_N; ++i) row[i] = sums[source[i]] + scratch.bias[n - n_begin + i];
       kernels.store_row(row, p.dtype, std::min<int64_t>(TILE_N, n_stop - n),
                         static_cast<char*>(p.C) + ((m_begin + m) * p.N_C + n) * bytes);
     }
