@@ -7,8 +7,10 @@ the caller. docs/compression.md tells what each addition to the published algori
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import logging
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -139,18 +141,32 @@ def gptq(W: Tensor, H: Tensor, options: Options = Options(), name: str = "layer"
     importance[order] = H_ordered.diagonal()
     scales = quantize.scales_for(W, options.groupsize, options.rule, importance)
     entered = not (options.static_groups or options.act_order)
-    q, scales = _round_columns(W[:, order], Hinv, scales, group_of[order], importance, options, entered)
-
-    W_ordered = W[:, order]
+    W_ordered, group_of = W[:, order], group_of[order]
+    with _one_thread(W.device):
+        q, scales = _round_columns(W_ordered, Hinv, scales, group_of, importance, options, entered)
     for _ in range(options.passes):
-        scales = quant.refit_scales(W_ordered, q, scales, group_of[order], H_ordered)
-        q = quant.coordinate_descent(W_ordered, q, scales, group_of[order], H_ordered, options.blocksize)
+        scales = quant.refit_scales(W_ordered, q, scales, group_of, H_ordered)
+        with _one_thread(W.device):
+            q = quant.coordinate_descent(W_ordered, q, scales, group_of, H_ordered, options.blocksize)
 
     Q = torch.empty_like(W)
     Q[:, order] = q
     q_stored = (Q + quantize.ZERO_POINT).to(torch.uint8)
     final = quant.loss(W, quantize.dequantize(q_stored, scales, options.groupsize), H)
     return Result(q_stored, scales, final, percdamp)
+
+
+@contextlib.contextmanager
+def _one_thread(device: torch.device) -> Iterator[None]:
+    """Runs the column loops of a CPU on one thread: their operations are a few microseconds long, and to wake a second
+    thread for each made them 10 times slower on a machine with other work."""
+    threads = torch.get_num_threads()
+    if device.type == "cpu":
+        torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def _round_columns(
@@ -168,28 +184,28 @@ def _round_columns(
     of a group are chosen anew from the updated weights when its first column comes up. Returns q (n, k) float32 centred,
     and the scales.
     """
-    W = W.clone()
-    q = torch.zeros_like(W)
-    scales = scales.clone()
-    k = W.shape[1]
+    # Transposed, so that what belongs to one column of W is adjacent in memory.
+    W = W.t().contiguous()
+    s = scales.float().t().contiguous()  # (groups, n)
+    inverse = quant.reciprocal(s)
+    q = torch.empty_like(W)
+    k = len(W)
     groups = group_of.tolist()
     for i1 in range(0, k, options.blocksize):
         i2 = min(i1 + options.blocksize, k)
-        err = torch.zeros(len(W), i2 - i1, device=W.device)
+        err = torch.zeros(i2 - i1, W.shape[1], device=W.device)
         for j in range(i1, i2):
             g = groups[j]
             if entered and (j == 0 or groups[j - 1] != g):
                 members = slice(j, j + groups.count(g))
+                ahead = W[members].clone()
                 if members.stop > i2:  # the lazy batch has not reached the rest of the group yet
-                    ahead = W[:, members].clone()
-                    ahead[:, i2 - j :] -= err[:, : j - i1] @ Hinv[i1:j, i2 : members.stop]
-                else:
-                    ahead = W[:, members]
-                scales[:, g] = quantize.scales_for(ahead, -1, options.rule, importance[members])[:, 0]
-            s = scales[:, g].float()
-            rounded = (W[:, j] / torch.where(s > 0, s, torch.ones_like(s))).round_().clamp_(-8, 7)
-            q[:, j] = torch.where(s > 0, rounded, torch.zeros_like(s))
-            err[:, j - i1] = (W[:, j] - q[:, j] * s) / Hinv[j, j]
-            W[:, j:i2] -= err[:, j - i1, None] * Hinv[j, j:i2]
-        W[:, i2:] -= err @ Hinv[i1:i2, i2:]
-    return q, scales
+                    ahead[i2 - j :] -= Hinv[i1:j, i2 : members.stop].t() @ err[: j - i1]
+                chosen = quantize.scales_for(ahead.t(), -1, options.rule, importance[members])
+                s[g] = chosen[:, 0].float()
+                inverse[g] = quant.reciprocal(s[g])
+            q[j] = (W[j] * inverse[g]).round_().clamp_(-8, 7)
+            err[j - i1] = (W[j] - q[j] * s[g]) / Hinv[j, j]
+            W[j:i2].addr_(Hinv[j, j:i2], err[j - i1], alpha=-1)
+        W[i2:].addmm_(Hinv[i1:i2, i2:].t(), err, alpha=-1)
+    return q.t().contiguous(), s.t().half()
