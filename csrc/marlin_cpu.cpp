@@ -592,7 +592,7 @@ void run_slice(const Problem& p, const Kernels& kernels, int64_t m_begin, int64_
   const bool direct = p.M <= kernels.direct_up_to;
   const int64_t max_tokens = direct ? kernels.max_tokens_direct : kernels.max_tokens;
   const int64_t num_tiles = (tokens + max_tokens - 1) / max_tokens;
-  const auto tile_begin = [&](int64_t tile_idx) { return tokens * tile_idx / num_tiles; };
+  const int tile_small = static_cast<int>(tokens / num_tiles), num_larger = static_cast<int>(tokens % num_tiles);
   const Scratch scratch(tokens, features);
 
   // Scales: one group comes in another order, which is brought to the usual one; then both are read alike.
@@ -612,27 +612,28 @@ void run_slice(const Problem& p, const Kernels& kernels, int64_t m_begin, int64_
       kernels.load_row(static_cast<const char*>(p.A) + ((m_begin + m) * p.lda + k) * bytes, p.dtype, num_k_A, row);
       std::fill(row + num_k_A, row + num_k, 0.0f);
     }
+    Panel panel;
+    panel.B = static_cast<const int32_t*>(p.B) + k / TILE_K * 2 * p.N + 2 * n_begin;
+    panel.b_stride = 2 * p.N;
+    panel.s = s + k / p.group * p.N;
+    panel.s_stride = p.N;
+    panel.num_k16 = static_cast<int>(num_k / TILE_K);
+    panel.group_k16 = static_cast<int>(p.group / TILE_K);
+    panel.group_k16_left = static_cast<int>((p.group - k % p.group) / TILE_K);
     for (int64_t n = 0; n < features; n += kernels.features) {
-      Panel panel;
-      panel.B = static_cast<const int32_t*>(p.B) + k / TILE_K * 2 * p.N + 2 * (n_begin + n);
-      panel.b_stride = 2 * p.N;
-      panel.s = s + k / p.group * p.N + n;
-      panel.s_stride = p.N;
-      panel.num_k16 = static_cast<int>(num_k / TILE_K);
-      panel.group_k16 = static_cast<int>(p.group / TILE_K);
-      panel.group_k16_left = static_cast<int>((p.group - k % p.group) / TILE_K);
       if (!direct) kernels.unpack(panel, scratch.W);
+      const float* A = scratch.A;
+      float* sums = scratch.sums + n * tokens;
       for (int64_t tile_idx = 0; tile_idx < num_tiles; ++tile_idx) {
-        const int64_t m = tile_begin(tile_idx), m_next = tile_begin(tile_idx + 1);
-        const int tile = static_cast<int>(m_next - m);
-        const float* A = scratch.A + m * kBlockK;
-        float* sums = scratch.sums + n * tokens + m * kernels.features;
+        const int tile = tile_small + (tile_idx < num_larger);
         if (direct) {
           kernels.direct(panel, A, tile, sums);
         } else {
           kernels.multiply(A, scratch.W, tile, static_cast<int>(num_k), sums);
         }
+        A += tile * kBlockK, sums += tile * kernels.features;
       }
+      panel.B += 2 * kernels.features, panel.s += kernels.features;
     }
   }
 
