@@ -20,7 +20,7 @@ _PACK_FEATURES = 1024  # features packed at a time: bounds the float32 temporari
 
 def _check_finite(name: str, values: Tensor) -> None:
     low, high = torch.aminmax(values.float())  # NaN if any is; a pass less than isfinite
-    if not torch.isfinite(high - low):
+    if not torch.isfinite(torch.stack((low, high))).all():
         raise ValueError(f"marlin.Layer.pack: {name} has NaN or Inf but should be finite")
 
 
