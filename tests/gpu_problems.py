@@ -1,0 +1,115 @@
+"""Products to try on a GPU, with float64 references: for test_gpu.py and sanitize.py.
+
+Depends on torch and the package.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+import marlin
+from marlin import _C
+
+DEVICE = "cuda"
+
+# Norm-wise relative error promised for FP16: rounding the output alone costs 2.8e-4 on average and
+# at most 2^-11 = 4.9e-4.
+ERR_LIMIT = 5e-4
+
+
+@dataclasses.dataclass(frozen=True)
+class Weight:
+    """A packed weight and what it stands for."""
+
+    B: Tensor  # (K / 16, 2 N) int32
+    s: Tensor  # (groups, N) float16, permuted
+    dense: Tensor  # (K, N) float64, values that float16 holds
+    workspace: Tensor  # int32, zeros
+
+
+@functools.lru_cache(maxsize=16)
+def random_weight(K: int, N: int, group: int = -1, seed: int = 0) -> Weight:
+    """A random weight with scales of 0.002 to 0.012 on DEVICE."""
+    generator = torch.Generator().manual_seed(seed)
+    q = torch.randint(0, 16, (K, N), generator=generator, dtype=torch.uint8).to(DEVICE)
+    groups = 1 if group == -1 else K // group
+    s = (0.002 + 0.01 * torch.rand(groups, N, generator=generator)).half().to(DEVICE)
+    return weight_of(q, s)
+
+
+def weight_of(q: Tensor, s: Tensor) -> Weight:
+    """The packed weight of values q (K, N) in 0..15 with scales s (groups, N) float16."""
+    (K, N), groups = q.shape, len(s)
+    dense = ((q.half() - 8) * s.repeat_interleave(K // groups, dim=0)).double()
+    workspace = torch.zeros(N // 128 * 16, dtype=torch.int32, device=q.device)
+    return Weight(marlin.pack_weights(q), marlin.permute_scales(s), dense, workspace)
+
+
+def random_A(M: int, K: int, seed: int = 1) -> Tensor:
+    """Normal activations (M, K) float16 on DEVICE."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(M, K, generator=generator).half().to(DEVICE)
+
+
+def mul(A: Tensor, weight: Weight, **hints: int) -> Tensor:
+    """marlin.mul into a C of NaN."""
+    C = torch.full((len(A), weight.dense.shape[1]), torch.nan, dtype=A.dtype, device=A.device)
+    marlin.mul(A, weight.B, C, weight.s, weight.workspace, **hints)
+    return C
+
+
+def relative_error(C: Tensor, exact: Tensor) -> float:
+    """Frobenius norm of C - exact over that of exact; not finite if an element of C is not."""
+    return ((C.double() - exact).norm() / exact.norm()).item()
+
+
+def bits(t: Tensor) -> Tensor:
+    """A float16 tensor as int16: NaN equals itself, 0 is not -0."""
+    return t.view(torch.int16)
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """One call of marlin.mul."""
+
+    M: int
+    K: int
+    N: int
+    group: int
+    thread_n: int
+    sms: int
+
+
+def cases_of_all_configs() -> dict[tuple[int, bool], Case]:
+    """The smallest call found for each configuration of this device, whole and split tiles apart.
+
+    The keys are (index into the kernel's table, whether CTAs share tiles).
+    """
+    properties = torch.cuda.get_device_properties(DEVICE)
+    device = (
+        10 * properties.major + properties.minor,
+        properties.multi_processor_count,
+        properties.shared_memory_per_block_optin,
+    )
+    found: dict[tuple[int, bool], Case] = {}
+    for case in sorted(_candidates(), key=lambda c: c.M * c.K * c.N):
+        config = _C.choose_config_sm80(
+            case.M, case.N, case.K, case.group, *device, case.thread_n, case.sms
+        )
+        if config["tile_idx"] >= 0:
+            found.setdefault((config["tile_idx"], config["num_partials"] > 0), case)
+    return found
+
+
+def _candidates() -> Iterator[Case]:
+    for M in (1, 8, 9, 16, 17, 32, 48, 64, 65, 96, 128, 200, 256, 500, 1024, 2048):
+        for K, group in ((256, 64), (1040, -1), (1024, 128), (4096, 32)):
+            for N in (64, 192, 320, 512, 1024, 4096, 8192):
+                for thread_n in (-1, 64, 128, 256):
+                    for sms in (-1, 3, 8, 64):
+                        yield Case(M, K, N, group, thread_n, sms)
