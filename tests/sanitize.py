@@ -1,6 +1,7 @@
 """A few small products that reach every kernel configuration, to be run under compute-sanitizer.
 
-    compute-sanitizer --tool racecheck --error-exitcode 1 python tests/sanitize.py
+    PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool racecheck --kernel-name kns=marlin \\
+        --error-exitcode 1 python tests/sanitize.py
 
 Each is checked against float64 as well. Depends on gpu_problems.py; `make gpu-sanitize` calls it.
 """
