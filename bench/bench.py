@@ -46,6 +46,7 @@ Launch = Callable[[int], Any]  # enqueues one call on copy number i of the weigh
 
 PER_SM_CTAS = (1, 2, 4, 8)  # grids of the stream kernel
 MIN_REPLAYS = 5
+DEVICE = "cuda"
 HOST_SHAPES = [(256, 256), (1024, 1024), (4096, 4096)]
 HOST_TOKENS = [1, 16]
 
@@ -196,18 +197,18 @@ class Slabs:
             2**31,
             (largest(lambda K, N, g: self.copies(K, N, g) * K * N // 8),),
             dtype=torch.int32,
-            device="cuda",
+            device=DEVICE,
         )
         num_scales = largest(lambda K, N, g: self.copies(K, N, g) * method.num_groups(K, g) * N)
-        self.scales = (0.002 + 0.01 * torch.rand(num_scales, device="cuda")).half()
+        self.scales = (0.002 + 0.01 * torch.rand(num_scales, device=DEVICE)).half()
         num_dense = largest(lambda K, N, g: self.dense_copies(K, N) * K * N)
-        self.dense = torch.empty(num_dense, dtype=torch.half, device="cuda").normal_(std=0.03)
+        self.dense = torch.empty(num_dense, dtype=torch.half, device=DEVICE).normal_(std=0.03)
         num_A = largest(lambda K, N, g: max(tokens) * K)
-        self.A = torch.empty(num_A, dtype=torch.half, device="cuda").normal_()
+        self.A = torch.empty(num_A, dtype=torch.half, device=DEVICE).normal_()
         num_C = largest(lambda K, N, g: max(tokens) * N)
-        self.C = torch.empty(num_C, dtype=torch.half, device="cuda")
+        self.C = torch.empty(num_C, dtype=torch.half, device=DEVICE)
         num_reference = largest(lambda K, N, g: K * N)
-        self.reference = torch.empty(num_reference, dtype=reference_dtype(), device="cuda")
+        self.reference = torch.empty(num_reference, dtype=reference_dtype(), device=DEVICE)
 
     @staticmethod
     def copies(K: int, N: int, group: int) -> int:
@@ -272,7 +273,7 @@ def measure_shape(
     s = view(slabs.scales, copies, method.num_groups(K, group), N)
     W = view(slabs.dense, dense_copies, N, K)
     reference = dequantise(B[-1], s[-1], group, view(slabs.reference, K, N))
-    workspace = torch.zeros(max(1, N // 128 * 16), dtype=torch.int32, device="cuda")
+    workspace = torch.zeros(max(1, N // 128 * 16), dtype=torch.int32, device=DEVICE)
     stream = stream_us(library, B, args.replays, args.seconds)
     rows = []
     for M in args.M:
@@ -320,12 +321,12 @@ def host_rows(calls: int = 200, batches: int = 25) -> list[dict[str, Any]]:
     rows = []
     for K, N in HOST_SHAPES:
         for M in HOST_TOKENS:
-            A = torch.randn(M, K, dtype=torch.half, device="cuda")
-            W_t = torch.randn(N, K, dtype=torch.half, device="cuda").t()
-            B = torch.randint(-(2**31), 2**31, (K // 16, 2 * N), dtype=torch.int32, device="cuda")
-            s = torch.rand(K // 128, N, device="cuda").half()
-            C = torch.empty(M, N, dtype=torch.half, device="cuda")
-            workspace = torch.zeros(N // 128 * 16, dtype=torch.int32, device="cuda")
+            A = torch.randn(M, K, dtype=torch.half, device=DEVICE)
+            W_t = torch.randn(N, K, dtype=torch.half, device=DEVICE).t()
+            B = torch.randint(-(2**31), 2**31, (K // 16, 2 * N), dtype=torch.int32, device=DEVICE)
+            s = torch.rand(K // 128, N, device=DEVICE).half()
+            C = torch.empty(M, N, dtype=torch.half, device=DEVICE)
+            workspace = torch.zeros(N // 128 * 16, dtype=torch.int32, device=DEVICE)
             functions: dict[str, Callable[[], Any]] = {
                 "matmul": functools.partial(torch.matmul, A, W_t),
                 "mul": functools.partial(marlin.mul, A, B, C, s, workspace),
@@ -432,8 +433,10 @@ def show(results: dict[str, Any], peers: Path | None) -> None:
 
 def measure(args: argparse.Namespace) -> dict[str, Any]:
     """All rows; the file is written after each shape: a run cut short leaves what it had."""
-    from marlin import _C
-
+    try:
+        from marlin import _C
+    except ImportError as error:
+        raise BenchError(f"bench: {error}") from None
     if not _C.has_cuda():
         raise BenchError("bench: marlin was built without CUDA: build it again with nvcc at hand")
     torch.manual_seed(0)
@@ -443,6 +446,11 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     out = args.out or method.results_path(gpu, args.backend, args.complete or args.merge)
     old = method.load(out) if args.merge and out.exists() else None
     results = header(args) | {"rows": []}
+    if old:
+        try:
+            method.merge(old, results)
+        except ValueError as error:
+            raise BenchError(f"bench: {out}: {error}") from None
     library = build_stream("".join(map(str, torch.cuda.get_device_capability())))
     start = time.perf_counter()
     with torch.cuda.stream(torch.cuda.Stream()):

@@ -5,13 +5,18 @@ Depends on bench/method.py, bench/bench.py, bench/plot.py.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import sys
+import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+
+import marlin
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "bench"))
@@ -304,6 +309,98 @@ def test_without_a_gpu_the_bench_says_so_and_fails(
     with caplog.at_level("ERROR"):
         assert bench.main([]) == 1
     assert "torch sees no CUDA device" in caplog.text
+
+
+@pytest.fixture
+def simulated_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The CPU in the place of a GPU: graphs run their calls again, events read a clock."""
+
+    class Event:
+        def __init__(self, enable_timing: bool) -> None:
+            self.seconds = 0.0
+
+        def record(self) -> None:
+            self.seconds = time.perf_counter()
+
+        def elapsed_time(self, end: Event) -> float:
+            return 1e3 * (end.seconds - self.seconds)
+
+    def capture(launch: bench.Launch, copies: int, launches: int) -> Any:
+        return SimpleNamespace(replay=lambda: [launch(i % copies) for i in range(launches)])
+
+    def marlin_stream(p: int, num_bytes: int, sink: int, num_ctas: int, stream: int) -> int:
+        assert p % 16 == 0
+        assert num_bytes % 16 == 0
+        assert num_ctas in (132, 264, 528, 1056)
+        return 0
+
+    for name, value in {
+        "Event": Event,
+        "Stream": lambda: None,
+        "stream": lambda stream: contextlib.nullcontext(),
+        "current_stream": lambda: SimpleNamespace(cuda_stream=0),
+        "synchronize": lambda: None,
+        "is_available": lambda: True,
+        "get_device_name": lambda: "NVIDIA H200",
+        "get_device_capability": lambda: (9, 0),
+        "get_device_properties": lambda device: SimpleNamespace(multi_processor_count=132),
+    }.items():
+        monkeypatch.setattr(bench.torch.cuda, name, value)
+    monkeypatch.setattr(bench, "DEVICE", "cpu")
+    monkeypatch.setattr(bench, "capture", capture)
+    monkeypatch.setattr(
+        bench, "build_stream", lambda arch: SimpleNamespace(marlin_stream=marlin_stream)
+    )
+    monkeypatch.setattr(bench, "HOST_SHAPES", [(128, 128)])
+    monkeypatch.setattr(method, "COLD_BYTES", 50_000)
+    monkeypatch.setattr(marlin._C, "has_cuda", lambda: True)
+    monkeypatch.setenv("MARLIN_BACKEND", "auto")
+
+
+QUICK = ["--shapes", "128x64,64x128", "--M", "1,3", "--seconds", "0.001", "--replays", "1"]
+
+
+@pytest.mark.usefixtures("simulated_gpu")
+def test_a_run_writes_a_sound_file_with_small_errors(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "gpu.json"
+    argv = [*QUICK, "--out", str(path)]
+    assert bench.main([*argv, "--group", "64,-1", "--host"]) == 0
+    results = method.load(path)
+    assert method.check(results) == []
+    assert len(results["rows"]) == 8
+    assert "csrc_sha256" in results
+    assert len(results["host"]) == len(bench.HOST_TOKENS)
+    assert "x cublas" in capsys.readouterr().out
+    assert bench.main([*argv, "--group", "64", "--M", "2", "--merge"]) == 0
+    assert len(method.load(path)["rows"]) == 10
+
+
+@pytest.mark.usefixtures("simulated_gpu")
+def test_a_kernel_that_is_wrong_in_one_element_fails_the_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    right = marlin.mul
+
+    def wrong(A: Any, B: Any, C: Any, s: Any, workspace: Any) -> None:
+        last = C[-1, -1].clone()
+        right(A, B, C, s, workspace)
+        C[-1, -1] = last  # never written
+
+    monkeypatch.setattr(marlin, "mul", wrong)
+    path = tmp_path / "gpu.json"
+    assert bench.main([*QUICK, "--out", str(path), "--group", "64"]) == 1
+    assert all(not row["err"] <= method.ERR_LIMIT for row in method.load(path)["rows"])
+
+
+def test_the_stream_kernel_compiles_and_refuses_sizes_it_cannot_read() -> None:
+    try:
+        bench.find_nvcc()
+    except bench.BenchError:
+        pytest.skip("there is no nvcc")
+    invalid_value = 1  # cudaErrorInvalidValue
+    assert bench.build_stream("80").marlin_stream(16, 15, 16, 1, None) == invalid_value
 
 
 def test_plots_are_drawn_from_a_result_file(tmp_path: Path) -> None:
