@@ -84,10 +84,14 @@ def _load_corpus(source: str, part: str) -> list[str]:
         else:
             # The hub's own conversion: the repository itself is a script, which datasets 4 and later refuse to run.
             rows = datasets.load_dataset(
-                "togethercomputer/RedPajama-Data-1T-Sample", revision="refs/convert/parquet", split="train"
+                "togethercomputer/RedPajama-Data-1T-Sample",
+                revision="refs/convert/parquet",
+                split="train",
             )
         count = min(MAX_DOCUMENTS[part], len(rows))
-        if source == "c4" or calibrate:  # of redpajama, which has one split, the end is for evaluation
+        if (
+            source == "c4" or calibrate
+        ):  # of redpajama, which has one split, the end is for evaluation
             return list(rows[:count]["text"])
         return list(rows[len(rows) - count : len(rows)]["text"])
     except (OSError, ValueError, RuntimeError, KeyError) as error:
@@ -100,7 +104,9 @@ def _load_corpus(source: str, part: str) -> list[str]:
 def tokenize(tokenizer: Any, documents: Sequence[str]) -> list[Tensor]:
     """Documents to tokens, each (length,) int64, without the warning that a text is longer than the model's context."""
     return [
-        torch.tensor(tokenizer(text, add_special_tokens=True, verbose=False)["input_ids"], dtype=torch.int64)
+        torch.tensor(
+            tokenizer(text, add_special_tokens=True, verbose=False)["input_ids"], dtype=torch.int64
+        )
         for text in documents
         if text.strip()
     ]

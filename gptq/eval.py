@@ -52,13 +52,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         from lm_eval.__main__ import cli_evaluate
     except ImportError:
-        print("gptq: eval.py needs the package lm_eval (pip install lm_eval==0.4.13)", file=sys.stderr)
+        print(
+            "gptq: eval.py needs the package lm_eval (pip install lm_eval==0.4.13)", file=sys.stderr
+        )
         return 1
     from marlin.checkpoint import CheckpointError
 
     if directory is not None:
         import marlin.integrations.lm_eval  # noqa: F401  # registers "marlin"
-    sys.argv = ["gptq/eval.py", *(rest if rest[:1] in (["run"], ["ls"], ["validate"]) else ["run", *rest])]
+    sys.argv = [
+        "gptq/eval.py",
+        *(rest if rest[:1] in (["run"], ["ls"], ["validate"]) else ["run", *rest]),
+    ]
     try:
         cli_evaluate()
     except CheckpointError as error:

@@ -95,7 +95,10 @@ def damped_inverse(H: Tensor, percdamp: float, name: str = "layer") -> tuple[Ten
                 return damped, Hinv, percdamp
         following = max(10 * percdamp, 1e-4)
         log.warning(
-            "%s: the Hessian is not positive definite with damping %g, trying %g", name, percdamp, following
+            "%s: the Hessian is not positive definite with damping %g, trying %g",
+            name,
+            percdamp,
+            following,
         )
         percdamp = following
     raise ValueError(
@@ -133,8 +136,14 @@ def gptq(W: Tensor, H: Tensor, options: Options = Options(), name: str = "layer"
     if dead.any():
         log.info("%s: %d of %d inputs were never active", name, int(dead.sum()), k)
         H = H + torch.diag(dead.to(H.dtype) * H.diagonal().mean().clamp(min=1e-8))
-    group_of = torch.arange(k, device=W.device) // (k if options.groupsize == -1 else options.groupsize)
-    order = torch.argsort(H.diagonal(), descending=True) if options.act_order else group_of.argsort(stable=True)
+    group_of = torch.arange(k, device=W.device) // (
+        k if options.groupsize == -1 else options.groupsize
+    )
+    order = (
+        torch.argsort(H.diagonal(), descending=True)
+        if options.act_order
+        else group_of.argsort(stable=True)
+    )
 
     H_ordered, Hinv, percdamp = damped_inverse(H[order][:, order], options.percdamp, name)
     importance = torch.empty_like(H.diagonal())
@@ -147,7 +156,9 @@ def gptq(W: Tensor, H: Tensor, options: Options = Options(), name: str = "layer"
     for _ in range(options.passes):
         scales = quant.refit_scales(W_ordered, q, scales, group_of, H_ordered)
         with _one_thread(W.device):
-            q = quant.coordinate_descent(W_ordered, q, scales, group_of, H_ordered, options.blocksize)
+            q = quant.coordinate_descent(
+                W_ordered, q, scales, group_of, H_ordered, options.blocksize
+            )
 
     Q = torch.empty_like(W)
     Q[:, order] = q

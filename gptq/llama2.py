@@ -65,11 +65,15 @@ def load_model(source: str, dtype: torch.dtype = torch.float16) -> tuple[nn.Modu
     if path.is_dir() and not (path / "config.json").is_file():
         raise ModelError(f"gptq: {source} is not a model folder: it has no config.json")
     if path.is_file() and path.suffix != ".gguf":
-        raise ModelError(f"gptq: {source} is a file but not a GGUF file; MODEL is a folder, a GGUF file, or a hub name")
+        raise ModelError(
+            f"gptq: {source} is a file but not a GGUF file; MODEL is a folder, a GGUF file, or a hub name"
+        )
     try:
         if path.is_file():
             return _load_gguf(path, dtype)
-        model = transformers.AutoModelForCausalLM.from_pretrained(source, dtype=dtype, attn_implementation="sdpa")
+        model = transformers.AutoModelForCausalLM.from_pretrained(
+            source, dtype=dtype, attn_implementation="sdpa"
+        )
         tokenizer = transformers.AutoTokenizer.from_pretrained(source)
     except ModelError:
         raise
@@ -111,10 +115,14 @@ def check_architecture(config: Any, seqlen: int) -> None:
     """
     kind = getattr(config, "model_type", None)
     if kind not in ARCHITECTURES:
-        raise ModelError(f"gptq: model type {kind!r} is not known; known are {', '.join(ARCHITECTURES)}")
+        raise ModelError(
+            f"gptq: model type {kind!r} is not known; known are {', '.join(ARCHITECTURES)}"
+        )
     window = getattr(config, "sliding_window", None)
     if window and getattr(config, "use_sliding_window", True) and seqlen > window:
-        raise ModelError(f"gptq: samples of {seqlen} tokens exceed the model's attention window of {window}")
+        raise ModelError(
+            f"gptq: samples of {seqlen} tokens exceed the model's attention window of {window}"
+        )
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -172,7 +180,9 @@ def _to(value: Any, device: torch.device) -> Any:
 
 
 @torch.no_grad()
-def perplexity(model: Any, windows: Sequence[Tensor], device: torch.device | str = "cpu", label: str = "") -> float:
+def perplexity(
+    model: Any, windows: Sequence[Tensor], device: torch.device | str = "cpu", label: str = ""
+) -> float:
     """Measures perplexity, one decoder layer at a time on the device.
 
     Args:
@@ -319,7 +329,10 @@ def compress(
             {f"self_attn.{name}": getattr(attn, name) for name in ("q_proj", "k_proj", "v_proj")},
             x,
         )
-        o_proj, attn.o_proj = attn.o_proj, through  # the module then returns what o_proj would have been given
+        o_proj, attn.o_proj = (
+            attn.o_proj,
+            through,
+        )  # the module then returns what o_proj would have been given
         x = [
             attn(hidden_states=a.to(device), **_to(kwargs, device))[0].to(home)
             for a, (_, kwargs) in zip(x, inputs, strict=True)
@@ -347,17 +360,34 @@ def compress(
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Reads the command line."""
     defaults = gptq.Options()
-    parser = argparse.ArgumentParser(prog="gptq/llama2.py", description="Perplexity and GPTQ compression of a Llama.")
+    parser = argparse.ArgumentParser(
+        prog="gptq/llama2.py", description="Perplexity and GPTQ compression of a Llama."
+    )
     parser.add_argument("model", metavar="MODEL", help="folder, GGUF file, or hub name")
-    parser.add_argument("--wbits", type=int, choices=(4, 16), default=16, help="4 compresses; 16 (default) does not")
-    parser.add_argument("--groupsize", type=int, default=128, help="input features that share a scale; -1 for all")
+    parser.add_argument(
+        "--wbits", type=int, choices=(4, 16), default=16, help="4 compresses; 16 (default) does not"
+    )
+    parser.add_argument(
+        "--groupsize", type=int, default=128, help="input features that share a scale; -1 for all"
+    )
     parser.add_argument("--save", metavar="DIR", help="folder for the Marlin checkpoint")
-    parser.add_argument("--dataset", default="wikitext2", help="wikitext2, redpajama, c4, or a text FILE to calibrate with")
-    parser.add_argument("--eval-dataset", help="text to measure perplexity on (default: wikitext2, or the end of FILE)")
+    parser.add_argument(
+        "--dataset",
+        default="wikitext2",
+        help="wikitext2, redpajama, c4, or a text FILE to calibrate with",
+    )
+    parser.add_argument(
+        "--eval-dataset",
+        help="text to measure perplexity on (default: wikitext2, or the end of FILE)",
+    )
     parser.add_argument("--nsamples", type=int, default=128, help="calibration samples")
-    parser.add_argument("--seqlen", type=int, default=2048, help="tokens of a sample and of a window")
+    parser.add_argument(
+        "--seqlen", type=int, default=2048, help="tokens of a sample and of a window"
+    )
     parser.add_argument("--eval-windows", type=int, help="windows of the perplexity at most")
-    parser.add_argument("--percdamp", type=float, default=defaults.percdamp, help="damping, of H's mean diagonal")
+    parser.add_argument(
+        "--percdamp", type=float, default=defaults.percdamp, help="damping, of H's mean diagonal"
+    )
     parser.add_argument(
         "--act-order",
         action=argparse.BooleanOptionalAction,
@@ -370,19 +400,36 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         default=defaults.static_groups,
         help="choose scales before the first column is rounded (always with --act-order)",
     )
-    parser.add_argument("--rule", choices=quantize.RULES, default=defaults.rule, help="for the scale of a group")
-    parser.add_argument("--passes", type=int, default=defaults.passes, help="refits of the scales, each with a descent")
-    parser.add_argument("--nearest", action="store_true", help="round to nearest, without calibration")
-    parser.add_argument("--seed", type=int, default=0, help="of the choice of calibration documents")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="that computes")
+    parser.add_argument(
+        "--rule", choices=quantize.RULES, default=defaults.rule, help="for the scale of a group"
+    )
+    parser.add_argument(
+        "--passes",
+        type=int,
+        default=defaults.passes,
+        help="refits of the scales, each with a descent",
+    )
+    parser.add_argument(
+        "--nearest", action="store_true", help="round to nearest, without calibration"
+    )
+    parser.add_argument(
+        "--seed", type=int, default=0, help="of the choice of calibration documents"
+    )
+    parser.add_argument(
+        "--device", default="cuda" if torch.cuda.is_available() else "cpu", help="that computes"
+    )
     args = parser.parse_args(argv)
     if args.groupsize != -1 and (args.groupsize <= 0 or args.groupsize % 16):
-        parser.error(f"--groupsize is {args.groupsize} but should be -1 or a positive multiple of 16")
+        parser.error(
+            f"--groupsize is {args.groupsize} but should be -1 or a positive multiple of 16"
+        )
     for name in ("nsamples", "seqlen"):
         if getattr(args, name) < 1:
             parser.error(f"--{name} is {getattr(args, name)} but should be at least 1")
     if args.seqlen < 2:
-        parser.error("--seqlen is 1 but should be at least 2: the first token of a window is not predicted")
+        parser.error(
+            "--seqlen is 1 but should be at least 2: the first token of a window is not predicted"
+        )
     if args.percdamp < 0:
         parser.error(f"--percdamp is {args.percdamp} but should not be negative")
     if args.save and args.wbits != 4:
@@ -398,7 +445,9 @@ def run(args: argparse.Namespace) -> None:
     """
     on_gpu = torch.device(args.device).type == "cuda"
     # Everything that can be missing is looked for before the work, not after.
-    eval_source = args.eval_dataset or (args.dataset if args.dataset not in data.NAMES else "wikitext2")
+    eval_source = args.eval_dataset or (
+        args.dataset if args.dataset not in data.NAMES else "wikitext2"
+    )
     eval_text = data.load_text(eval_source, data.EVALUATION)
     calibrate = args.wbits == 4 and not args.nearest
     text = data.load_text(args.dataset, data.CALIBRATION) if calibrate else []
@@ -410,24 +459,37 @@ def run(args: argparse.Namespace) -> None:
         data.tokenize(tokenizer, eval_text), args.seqlen, args.eval_windows, eval_source
     )
     if args.wbits == 16:
-        print(f"perplexity of {args.model} on {eval_source}: {perplexity(model, windows, args.device):.3f}")
+        print(
+            f"perplexity of {args.model} on {eval_source}: {perplexity(model, windows, args.device):.3f}"
+        )
         return
     if not calibrate:
         scales = round_model(model, args.groupsize, args.rule)
     else:
         documents = data.tokenize(tokenizer, text)
-        samples = data.calibration_samples(documents, args.nsamples, args.seqlen, args.seed, args.dataset)
+        samples = data.calibration_samples(
+            documents, args.nsamples, args.seqlen, args.seed, args.dataset
+        )
         options = gptq.Options(
-            args.groupsize, args.percdamp, args.act_order, args.static_groups, args.rule, args.passes
+            args.groupsize,
+            args.percdamp,
+            args.act_order,
+            args.static_groups,
+            args.rule,
+            args.passes,
         )
         scales, _ = compress(
             model,
             samples,
             options,
             args.device,
-            on_layer=lambda r: tqdm.write(f"{r.name:40s} relative squared error {r.error:.3e}", file=sys.stdout),
+            on_layer=lambda r: tqdm.write(
+                f"{r.name:40s} relative squared error {r.error:.3e}", file=sys.stdout
+            ),
         )
-    print(f"perplexity of {args.model} in 4 bits on {eval_source}: {perplexity(model, windows, args.device):.3f}")
+    print(
+        f"perplexity of {args.model} in 4 bits on {eval_source}: {perplexity(model, windows, args.device):.3f}"
+    )
     if args.save:
         checkpoint.pack_model(model, scales, args.groupsize)
         checkpoint.save(model, tokenizer, args.save)

@@ -79,7 +79,9 @@ def coordinate_descent(
     # Transposed, so that what belongs to one column of W is adjacent in memory: 3 times faster on a CPU.
     q, s = q.t().contiguous(), scales.float().t()[group_of]
     err = (W.t() - q * s).contiguous()
-    step = reciprocal(s) / H.diagonal()[:, None]  # of q for a unit of gradient; 0 where the scale is 0
+    step = (
+        reciprocal(s) / H.diagonal()[:, None]
+    )  # of q for a unit of gradient; 0 where the scale is 0
     for i1 in range(0, len(q), blocksize):
         i2 = min(i1 + blocksize, len(q))
         gradient = H[i1:i2] @ err  # (block, n), of the loss by Q, halved and negated

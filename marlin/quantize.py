@@ -41,7 +41,9 @@ def num_groups(k: int, groupsize: int) -> int:
 
 def _check(w: Tensor, groupsize: int, caller: str) -> None:
     if w.dim() != 2:
-        raise ValueError(f"marlin.quantize.{caller}: w has {w.dim()} dimensions but should have 2, (n, k)")
+        raise ValueError(
+            f"marlin.quantize.{caller}: w has {w.dim()} dimensions but should have 2, (n, k)"
+        )
     if groupsize != -1 and groupsize <= 0:
         raise ValueError(
             f"marlin.quantize.{caller}: groupsize is {groupsize} but should be positive, or -1 for one group"
@@ -74,7 +76,9 @@ def to_fp16_grid(scales: Tensor) -> Tensor:
     """
     rounded = scales.clamp(max=torch.finfo(torch.float16).max).half()
     lost = (rounded == 0) & (scales > 0)
-    return torch.where(lost, torch.full_like(rounded, 2.0**-24), rounded)  # the smallest FP16 above 0
+    return torch.where(
+        lost, torch.full_like(rounded, 2.0**-24), rounded
+    )  # the smallest FP16 above 0
 
 
 def scales_for(
@@ -104,7 +108,9 @@ def scales_for(
     """
     _check(w, groupsize, "scales_for")
     if rule not in RULES:
-        raise ValueError(f"marlin.quantize.scales_for: rule is {rule!r} but should be one of {RULES}")
+        raise ValueError(
+            f"marlin.quantize.scales_for: rule is {rule!r} but should be one of {RULES}"
+        )
     if importance is not None and importance.shape != (w.shape[1],):
         raise ValueError(
             f"marlin.quantize.scales_for: importance is {tuple(importance.shape)} but w needs ({w.shape[1]},)"
@@ -141,7 +147,9 @@ def _search(x: Tensor, h: Tensor) -> Tensor:
         best, best_err = torch.where(better, s, best), torch.where(better, err, best_err)
     for _ in range(2):
         q = rounded(best.float()[..., None])
-        fit = torch.einsum("ngi,ngi,gi->ng", q, x, h) / torch.einsum("ngi,gi->ng", q * q, h).clamp(min=1e-30)
+        fit = torch.einsum("ngi,ngi,gi->ng", q, x, h) / torch.einsum("ngi,gi->ng", q * q, h).clamp(
+            min=1e-30
+        )
         s = to_fp16_grid(fit.clamp(min=0))
         err = error(rounded(s.float()[..., None]), s.float()[..., None])
         better = (err < best_err) & (s > 0)

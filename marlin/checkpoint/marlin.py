@@ -57,8 +57,12 @@ def pack_model(model: nn.Module, scales: dict[str, Tensor], groupsize: int) -> N
         parent, _, child = name.rpartition(".")
         linear = model.get_submodule(name)
         if not isinstance(linear, nn.Linear):
-            raise ValueError(f"marlin.checkpoint.pack_model: {name} is a {type(linear).__name__}, not a linear layer")
-        layer = Layer(linear.in_features, linear.out_features, groupsize, bias=linear.bias is not None)
+            raise ValueError(
+                f"marlin.checkpoint.pack_model: {name} is a {type(linear).__name__}, not a linear layer"
+            )
+        layer = Layer(
+            linear.in_features, linear.out_features, groupsize, bias=linear.bias is not None
+        )
         layer = layer.to(linear.weight.device)
         layer.pack(linear, s.to(linear.weight.device))
         setattr(model.get_submodule(parent), child, layer)
@@ -83,7 +87,9 @@ def check_target(directory: str | os.PathLike[str]) -> pathlib.Path:
     """
     target = pathlib.Path(directory).absolute()
     if target.exists() and not target.is_dir():
-        raise CheckpointError(f"marlin.checkpoint.save: {directory} is a file, but a checkpoint is a folder")
+        raise CheckpointError(
+            f"marlin.checkpoint.save: {directory} is a file, but a checkpoint is a folder"
+        )
     if target.is_dir() and any(target.iterdir()) and not (target / CONFIG).is_file():
         raise CheckpointError(
             f"marlin.checkpoint.save: {directory} is not empty and not a model folder (no {CONFIG}), so it is not replaced"
@@ -133,10 +139,16 @@ def _common_groupsize(layers: dict[str, Layer]) -> int:
     """The group size that makes every layer what it is: -1 where each has one group."""
     sizes = {layer.groupsize for layer in layers.values() if layer.groupsize != layer.k} or {-1}
     groupsize = min(sizes)
-    misfits = [n for n, layer in layers.items() if layer.groupsize == layer.k and groupsize not in (-1, layer.k)]
+    misfits = [
+        n
+        for n, layer in layers.items()
+        if layer.groupsize == layer.k and groupsize not in (-1, layer.k)
+    ]
     if len(sizes) > 1 or misfits:
         found = sorted(sizes | {-1 for _ in misfits})
-        raise CheckpointError(f"marlin.checkpoint.save: the layers have group sizes {found}, but only one fits")
+        raise CheckpointError(
+            f"marlin.checkpoint.save: the layers have group sizes {found}, but only one fits"
+        )
     return groupsize
 
 
@@ -173,7 +185,9 @@ def _write(model: Any, tokenizer: Any, folder: pathlib.Path, quantization: dict[
     config["dtype"] = "float16"
     config.pop("torch_dtype", None)
     config["architectures"] = [type(model).__name__]
-    (folder / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True, default=str) + "\n", encoding="utf-8")
+    (folder / CONFIG).write_text(
+        json.dumps(config, indent=2, sort_keys=True, default=str) + "\n", encoding="utf-8"
+    )
     safetensors.torch.save_file(tensors, str(folder / WEIGHTS), metadata={"format": "pt"})
     if getattr(model, "generation_config", None) is not None:
         model.generation_config.save_pretrained(folder)
@@ -210,7 +224,11 @@ def _replace(aside: pathlib.Path, target: pathlib.Path) -> None:
 
 def _is_write_error(error: BaseException) -> bool:
     # safetensors and tokenizers report a full disk as errors of their own.
-    return isinstance(error, OSError) or type(error).__name__ == "SafetensorError" or "os error" in str(error)
+    return (
+        isinstance(error, OSError)
+        or type(error).__name__ == "SafetensorError"
+        or "os error" in str(error)
+    )
 
 
 def _reason(error: BaseException) -> str:
@@ -229,7 +247,9 @@ def _reason(error: BaseException) -> str:
 
 
 def load(
-    directory: str | os.PathLike[str], device: torch.device | str = "cpu", dtype: torch.dtype | None = None
+    directory: str | os.PathLike[str],
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype | None = None,
 ) -> Any:
     """Builds a transformers model on Marlin layers from a checkpoint.
 
@@ -287,12 +307,18 @@ def read_config(folder: pathlib.Path) -> tuple[dict[str, Any], dict[str, Any]]:
     except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
         raise CheckpointError(f"{prefix} {path} is not JSON: {error}") from error
     if not isinstance(config, dict):
-        raise CheckpointError(f"{prefix} {path} holds a {type(config).__name__} but should hold an object")
+        raise CheckpointError(
+            f"{prefix} {path} holds a {type(config).__name__} but should hold an object"
+        )
     quantization = config.pop("quantization_config", None)
     if not isinstance(quantization, dict):
-        raise CheckpointError(f"{prefix} {path} has no quantization_config, so it is not a Marlin checkpoint")
+        raise CheckpointError(
+            f"{prefix} {path} has no quantization_config, so it is not a Marlin checkpoint"
+        )
     if quantization.get("quant_method") != "marlin":
-        raise CheckpointError(f"{prefix} {path} has quant_method {quantization.get('quant_method')!r}, not 'marlin'")
+        raise CheckpointError(
+            f"{prefix} {path} has quant_method {quantization.get('quant_method')!r}, not 'marlin'"
+        )
     if quantization.get("bits") != 4:
         raise CheckpointError(f"{prefix} {path} has bits {quantization.get('bits')!r}, not 4")
     group_size = quantization.get("group_size")
@@ -314,7 +340,9 @@ def _read_header(path: pathlib.Path) -> dict[str, tuple[tuple[int, ...], str]]:
             slices = {key: file.get_slice(key) for key in file.keys()}  # noqa: SIM118
             return {key: (tuple(s.get_shape()), s.get_dtype()) for key, s in slices.items()}
     except (safetensors.SafetensorError, OSError) as error:
-        raise CheckpointError(f"marlin.checkpoint.load: {path} is not an intact safetensors file: {error}") from error
+        raise CheckpointError(
+            f"marlin.checkpoint.load: {path} is not an intact safetensors file: {error}"
+        ) from error
 
 
 def _build(config: dict[str, Any], folder: pathlib.Path, dtype: torch.dtype) -> Any:
@@ -325,7 +353,9 @@ def _build(config: dict[str, Any], folder: pathlib.Path, dtype: torch.dtype) -> 
     try:
         parsed = transformers.AutoConfig.for_model(**config)
         with torch.device("meta"):
-            return transformers.AutoModelForCausalLM.from_config(parsed, dtype=dtype, attn_implementation="sdpa")
+            return transformers.AutoModelForCausalLM.from_config(
+                parsed, dtype=dtype, attn_implementation="sdpa"
+            )
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         reason = next(iter(str(error).splitlines()), type(error).__name__)
         raise CheckpointError(
@@ -333,7 +363,9 @@ def _build(config: dict[str, Any], folder: pathlib.Path, dtype: torch.dtype) -> 
         ) from error
 
 
-def _place_layers(model: nn.Module, shapes: dict[str, Any], groupsize: int, path: pathlib.Path) -> None:
+def _place_layers(
+    model: nn.Module, shapes: dict[str, Any], groupsize: int, path: pathlib.Path
+) -> None:
     """Puts a Marlin layer, on meta, wherever the file has a B."""
     modules = dict(model.named_modules())
     for key in [key for key in shapes if key.endswith(".B")]:
@@ -345,7 +377,9 @@ def _place_layers(model: nn.Module, shapes: dict[str, Any], groupsize: int, path
                 f"marlin.checkpoint.load: {path} has {key}, but the model of {CONFIG} has no linear layer {name}"
             )
         with torch.device("meta"):
-            layer = Layer(linear.in_features, linear.out_features, groupsize, bias=linear.bias is not None)
+            layer = Layer(
+                linear.in_features, linear.out_features, groupsize, bias=linear.bias is not None
+            )
         setattr(modules[parent], child, layer)
 
 
@@ -368,12 +402,17 @@ def _expected(model: nn.Module) -> dict[str, tuple[tuple[int, ...], tuple[str, .
     }
     expected = {}
     for key, tensor in model.state_dict().items():
-        types = (SAFETENSORS_TYPES[tensor.dtype],) if key in in_layers and not key.endswith(".bias") else FLOATS
+        types = (
+            (SAFETENSORS_TYPES[tensor.dtype],)
+            if key in in_layers and not key.endswith(".bias")
+            else FLOATS
+        )
         expected[key] = (tuple(tensor.shape), types)
     return {
         key: value
         for key, value in expected.items()
-        if not (key in in_layers and key.endswith(".workspace")) and not (key == "lm_head.weight" and _is_tied(model))
+        if not (key in in_layers and key.endswith(".workspace"))
+        and not (key == "lm_head.weight" and _is_tied(model))
     }
 
 
@@ -392,16 +431,24 @@ def _check_tensors(
             raise CheckpointError(f"{prefix} has no tensor {key}, {list(shape)} {types[0]}")
         found_shape, found_type = shapes[key]
         if found_shape != shape:
-            raise CheckpointError(f"{prefix} has {key} of shape {list(found_shape)}, but {CONFIG} needs {list(shape)}")
+            raise CheckpointError(
+                f"{prefix} has {key} of shape {list(found_shape)}, but {CONFIG} needs {list(shape)}"
+            )
         if found_type not in types:
-            raise CheckpointError(f"{prefix} has {key} of type {found_type}, but it should be {' or '.join(types)}")
+            raise CheckpointError(
+                f"{prefix} has {key} of type {found_type}, but it should be {' or '.join(types)}"
+            )
     for key in sorted(set(shapes) - set(expected)):
         # Old files carry the scratch of their layers, or a copy of the embedding.
         if key != "lm_head.weight" and not key.endswith(".workspace"):
-            raise CheckpointError(f"{prefix} has a tensor {key} that the model of {CONFIG} has no place for")
+            raise CheckpointError(
+                f"{prefix} has a tensor {key} that the model of {CONFIG} has no place for"
+            )
 
 
-def _fill(model: Any, path: pathlib.Path, keys: set[str], device: torch.device, dtype: torch.dtype) -> None:
+def _fill(
+    model: Any, path: pathlib.Path, keys: set[str], device: torch.device, dtype: torch.dtype
+) -> None:
     """Gives every tensor of a model on meta its storage and value."""
     import safetensors
 
@@ -416,11 +463,19 @@ def _fill(model: Any, path: pathlib.Path, keys: set[str], device: torch.device, 
                     value = file.get_tensor(key)
                     if not packed:
                         value = value.to(dtype)
-                    own[child] = nn.Parameter(value, requires_grad=False) if own is module._parameters else value
+                    own[child] = (
+                        nn.Parameter(value, requires_grad=False)
+                        if own is module._parameters
+                        else value
+                    )
     if _is_tied(model):
         model.tie_weights()
     for name, module in model.named_modules():
-        stale = [child for child, buffer in module._buffers.items() if buffer is not None and buffer.is_meta]
+        stale = [
+            child
+            for child, buffer in module._buffers.items()
+            if buffer is not None and buffer.is_meta
+        ]
         if stale:
             _remake(module, name, stale, model.config, device)
     lost = [name for name, tensor in _all_tensors(model) if tensor.is_meta]
@@ -432,7 +487,9 @@ def _all_tensors(model: nn.Module) -> list[tuple[str, Tensor]]:
     return [*model.named_parameters(), *model.named_buffers()]
 
 
-def _remake(module: nn.Module, name: str, stale: list[str], config: Any, device: torch.device) -> None:
+def _remake(
+    module: nn.Module, name: str, stale: list[str], config: Any, device: torch.device
+) -> None:
     """Computes buffers that no checkpoint holds (rotary frequencies) as the module's own constructor does."""
     if isinstance(module, Layer):
         for child in stale:

@@ -46,7 +46,9 @@ class MarlinLM(HFLM):
         if isinstance(dtype, str):
             named = None if dtype == "auto" else getattr(torch, dtype, None)
             if dtype != "auto" and not isinstance(named, torch.dtype):
-                raise ValueError(f"marlin.integrations.lm_eval: dtype is {dtype!r}, which torch does not have")
+                raise ValueError(
+                    f"marlin.integrations.lm_eval: dtype is {dtype!r}, which torch does not have"
+                )
         else:
             named = dtype
         model = checkpoint.load(pretrained, device, named)
