@@ -46,6 +46,13 @@ ERR_LIMIT = 5e-4
 TFLOPS = {"H200": 800, "H100": 800, "A100": 312, "A10": 125, "A30": 165, "L40S": 362, "L4": 121}
 DEFAULT_TFLOPS = 800
 
+# Geometric means over SHAPES, x cuBLAS at group GROUP, that a kernel is held to: (GPU, backend), M.
+GOALS = {
+    ("NVIDIA H200", "sm80"): {
+        1: 2.6, 8: 2.5, 16: 2.2, 32: 1.6, 64: 1.2, 128: 0.85, 256: 0.6, 1024: 0.55
+    }
+}  # fmt: skip
+
 ROW_FIELDS = ("K", "N", "M", "group", "cublas", "stream", "limit", "marlin", "err")
 HEADER_FIELDS = (
     "gpu", "driver", "cuda", "torch", "date", "command", "csrc_sha256", "backend", "tflops", "group"
@@ -340,6 +347,10 @@ def report(results: dict[str, Any], peers: dict[str, Any] | None = None) -> str:
 
         lines += ["", f"group {group}"]
         lines += table("x cublas, M =", rows, speedup, mark)
+        goals = GOALS.get((results["gpu"], results["backend"]), {}) if group == GROUP else {}
+        if goals and {(row["K"], row["N"]) for row in rows} == set(SHAPES):
+            tokens = sorted({row["M"] for row in rows})
+            lines.append(_line("goal", [f"{goals[M]:.2f}" if M in goals else "-" for M in tokens]))
         known = [row for row in rows if key(row) in others]
         if known and len(known) == len(rows):
             for idx, label in enumerate(("original Marlin", "best other")):

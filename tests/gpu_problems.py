@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -85,31 +86,42 @@ class Case:
     sms: int
 
 
-def cases_of_all_configs() -> dict[tuple[int, bool], Case]:
-    """The smallest call found for each configuration of this device, whole and split tiles apart.
+class Kind(NamedTuple):
+    """What is different about a case for the kernel."""
 
-    The keys are (index into the kernel's table, whether CTAs share tiles).
-    """
+    tile_idx: int  # into the kernel's table
+    shared: bool  # whether CTAs share output tiles
+    long: bool  # whether a CTA goes round its ring of stages several times
+
+
+LONG = 64  # pieces of k64 x tile in the stripe of a CTA: twice what any ring holds
+
+
+def cases_of_all_configs() -> dict[Kind, Case]:
+    """The smallest call found for each configuration that this device can choose."""
     properties = torch.cuda.get_device_properties(DEVICE)
     device = (
         10 * properties.major + properties.minor,
         properties.multi_processor_count,
         getattr(properties, "shared_memory_per_block_optin", 99 * 1024),  # the least of any
     )
-    found: dict[tuple[int, bool], Case] = {}
+    found: dict[Kind, Case] = {}
     for case in sorted(_candidates(), key=lambda c: c.M * c.K * c.N):
         config = _C.choose_config_sm80(
             case.M, case.N, case.K, case.group, *device, case.thread_n, case.sms
         )
-        if config["tile_idx"] >= 0:
-            found.setdefault((config["tile_idx"], config["num_partials"] > 0), case)
+        if config["tile_idx"] < 0:
+            continue
+        tiles = -(-case.N // config["features"]) * -(-case.M // config["tokens"])
+        long = tiles * -(-case.K // 64) >= LONG * config["grid"]
+        found.setdefault(Kind(config["tile_idx"], config["num_partials"] > 0, long), case)
     return found
 
 
 def _candidates() -> Iterator[Case]:
     for M in (1, 8, 9, 16, 17, 32, 48, 64, 65, 96, 128, 200, 256, 500, 1024, 2048):
-        for K, group in ((256, 64), (1040, -1), (1024, 128), (4096, 32)):
+        for K, group in ((256, 64), (1040, -1), (1024, 128), (4096, 32), (4112, -1), (8192, 64)):
             for N in (64, 192, 320, 512, 1024, 4096, 8192):
                 for thread_n in (-1, 64, 128, 256):
-                    for sms in (-1, 3, 8, 64):
+                    for sms in (-1, 1, 3, 8, 64):
                         yield Case(M, K, N, group, thread_n, sms)

@@ -167,12 +167,12 @@ def test_cpu_and_gpu_agree() -> None:
 
 
 def test_every_configuration_is_right() -> None:
-    for (tile_idx, shared), case in cases_of_all_configs().items():
+    for kind, case in cases_of_all_configs().items():
         A = random_A(case.M, case.K)
         weight = random_weight(case.K, case.N, case.group)
         C = guarded_mul(A, weight, thread_n=case.thread_n, sms=case.sms)
         err = relative_error(C, A.double() @ weight.dense)
-        assert err <= ERR_LIMIT, f"tile {tile_idx}, shared {shared}: {case}"
+        assert err <= ERR_LIMIT, f"{kind}: {case}"
 
 
 @pytest.mark.parametrize("thread_n", [-1, 64, 128, 256])
