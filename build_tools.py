@@ -82,7 +82,10 @@ def cuda_home(nvcc: str) -> Path:
     The nvcc on PATH may be a script in another folder, so its own path does not tell.
     """
     run = subprocess.run(
-        [nvcc, "--dryrun", "-x", "cu", "-c", "/dev/null"], capture_output=True, text=True, check=False
+        [nvcc, "--dryrun", "-x", "cu", "-c", "/dev/null"],
+        capture_output=True,
+        text=True,
+        check=False,
     )
     match = re.search(r"^#\$ TOP=(.+)$", run.stderr, re.MULTILINE)
     return Path(match[1]).resolve() if match else Path(nvcc).resolve().parent.parent
@@ -187,9 +190,7 @@ def check_compiler(cxx: str, standard: str) -> None:
     """Raise BuildError if the C++ compiler is missing or is a GCC too old for the standard."""
     path = shutil.which(cxx.split()[0])
     if path is None:
-        raise BuildError(
-            f"marlin: the C++ compiler {cxx!r} is not there; install g++ (or set CXX)"
-        )
+        raise BuildError(f"marlin: the C++ compiler {cxx!r} is not there; install g++ (or set CXX)")
     # Only GCC calls its major version __GNUC__ and has no __clang__.
     text = subprocess.run(
         [*cxx.split(), "-E", "-P", "-x", "c++", "-"],
@@ -204,7 +205,12 @@ def check_compiler(cxx: str, standard: str) -> None:
 def check_gcc_version(cxx: str, macros: list[str], standard: str) -> None:
     """Raise BuildError if macros, the values of __GNUC__ and __clang__, tell of a GCC too old for the standard."""
     needed = 11 if standard == "c++20" else 9
-    if len(macros) == 2 and macros[1] == "__clang__" and macros[0].isdigit() and int(macros[0]) < needed:
+    if (
+        len(macros) == 2
+        and macros[1] == "__clang__"
+        and macros[0].isdigit()
+        and int(macros[0]) < needed
+    ):
         raise BuildError(
             f"marlin: the C++ compiler {cxx} is GCC {macros[0]} but should be {needed} or newer for {standard}"
         )

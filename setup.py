@@ -1,8 +1,8 @@
 """Builds the extension module marlin._C; build_tools.py decides what goes in, pyproject.toml says the rest.
 
-    MARLIN_BUILD_CUDA=0|1|auto   CUDA kernels: never, always (or fail), or when nvcc and a CUDA torch are there
-    TORCH_CUDA_ARCH_LIST         the GPUs to build for, as torch reads it
-    MAX_JOBS                     compilers at a time; default: the number of CPUs
+MARLIN_BUILD_CUDA=0|1|auto   CUDA kernels: never, always (or fail), or when nvcc and a CUDA torch are there
+TORCH_CUDA_ARCH_LIST         the GPUs to build for, as torch reads it
+MAX_JOBS                     compilers at a time; default: the number of CPUs
 """
 
 from __future__ import annotations
@@ -32,7 +32,9 @@ class BuildExtension(build_ext):
         except tools.BuildError as error:
             raise SystemExit(str(error)) from None
         except subprocess.CalledProcessError as error:
-            raise SystemExit(f"marlin: this command failed, see above: {' '.join(error.cmd)}") from None
+            raise SystemExit(
+                f"marlin: this command failed, see above: {' '.join(error.cmd)}"
+            ) from None
 
     def build_extension(self, ext: Extension) -> None:
         try:
@@ -69,7 +71,13 @@ class BuildExtension(build_ext):
         includes = cpp_extension.include_paths()
         from_torch = [f"-isystem{path}" for path in [*includes, sysconfig.get_paths()["include"]]]
         macros = [f"-D_GLIBCXX_USE_CXX11_ABI={abi}", "-DTORCH_API_INCLUDE_EXTENSION_H"]
-        libraries = [f"-L{Path(torch.__file__).parent / 'lib'}", "-lc10", "-ltorch", "-ltorch_cpu", "-ltorch_python"]
+        libraries = [
+            f"-L{Path(torch.__file__).parent / 'lib'}",
+            "-lc10",
+            "-ltorch",
+            "-ltorch_cpu",
+            "-ltorch_python",
+        ]
         compile_job("marlin_cpu.cpp", [cxx, "-std=c++17", *common])
         if plan.with_cuda:
             assert nvcc is not None
@@ -81,7 +89,14 @@ class BuildExtension(build_ext):
             libraries += ["-lc10_cuda", "-ltorch_cuda", "-lcudart"]
             for kernel in tools.KERNELS:
                 # --threads 0: one compiler for each architecture, as many at a time as there are CPUs.
-                flags = ["-std=c++17", "-O3", "--threads", "0", "-Xcompiler=-fPIC,-fvisibility=hidden", f"-I{tools.CSRC}"]
+                flags = [
+                    "-std=c++17",
+                    "-O3",
+                    "--threads",
+                    "0",
+                    "-Xcompiler=-fPIC,-fvisibility=hidden",
+                    f"-I{tools.CSRC}",
+                ]
                 archs = tools.gencode(tools.kernel_archs(kernel, plan.archs))
                 if archs:
                     compile_job(kernel, [nvcc, *flags, *archs])
@@ -89,7 +104,9 @@ class BuildExtension(build_ext):
             # Without nvcc a kernel file still holds its choice of configurations, which needs no GPU.
             for kernel in tools.KERNELS:
                 compile_job(kernel, [cxx, "-x", "c++", "-std=c++17", *common])
-        compile_job("bindings.cpp", [cxx, f"-std={found.cxx_standard}", *common, *macros, *from_torch])
+        compile_job(
+            "bindings.cpp", [cxx, f"-std={found.cxx_standard}", *common, *macros, *from_torch]
+        )
 
         self.run_jobs(jobs)
         objects = [target for target, _, _ in jobs]

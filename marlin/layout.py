@@ -14,7 +14,9 @@ TILE_K = 16  # rows of the weight in one row of B
 TILE_N = 64  # features in one chunk
 ZERO_POINT = 8  # the stored value that means 0
 
-_CHUNK_ROWS = 64  # rows of B packed at a time: bounds the temporaries to some 10 MB per 8192 features
+_CHUNK_ROWS = (
+    64  # rows of B packed at a time: bounds the temporaries to some 10 MB per 8192 features
+)
 
 
 def nibble_index(K: int, N: int, device: torch.device | str | None = None) -> tuple[Tensor, Tensor]:
@@ -88,7 +90,9 @@ def pack_weights(q: Tensor) -> Tensor:
         # Adjacent in memory until the last step: elements are cheap to combine and dear to transpose, and a word is a
         # quarter as many elements as the bytes in it. See nibble_index for the names.
         k_far = rows.to(torch.uint8).contiguous().view(-1, 2, 4, 2, N)  # (k16 rows, far, t, odd, n)
-        low = (k_far[:, 0] | (k_far[:, 1] << 4)).view(-1, 4, 2, N // 16, 2, 8)  # .., n / 16, upper, g)
+        low = (k_far[:, 0] | (k_far[:, 1] << 4)).view(
+            -1, 4, 2, N // 16, 2, 8
+        )  # .., n / 16, upper, g)
         half = low[..., 0, :].to(torch.int16) | (low[..., 1, :].to(torch.int16) << 8)
         word = (half[:, :, 0].to(torch.int32) & 0xFFFF) | (half[:, :, 1].to(torch.int32) << 16)
         word = word.view(-1, 4, N // TILE_N, 4, 8)  # (k16 rows, t, chunks, j, g)
@@ -122,7 +126,9 @@ def unpack_weights(B: Tensor) -> Tensor:
     q = torch.empty(B.shape[0] * TILE_K, N, dtype=torch.uint8, device=B.device)
     for row in range(0, B.shape[0], _CHUNK_ROWS):
         word = B[row : row + _CHUNK_ROWS].reshape(-1, N // TILE_N, 8, 4, 4)  # (.., chunks, g, t, j)
-        word = word.permute(0, 3, 1, 4, 2).contiguous().view(-1, 4, N // 16, 8)  # (.., t, n / 16, g)
+        word = (
+            word.permute(0, 3, 1, 4, 2).contiguous().view(-1, 4, N // 16, 8)
+        )  # (.., t, n / 16, g)
         low = torch.empty(word.shape[0], 4, 2, N // 16, 2, 8, dtype=torch.uint8, device=B.device)
         for odd in range(2):
             for upper in range(2):

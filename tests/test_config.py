@@ -88,7 +88,9 @@ def test_a_device_with_too_little_shared_memory_has_no_config():
     assert choose(16, 4096, 4096, (80, 108, 4096))["tile_idx"] == -1
 
 
-@pytest.mark.parametrize("M, N, K, group", [(1, 63, 64, -1), (1, 64, 63, -1), (-1, 64, 64, -1), (1, 64, 64, 48)])
+@pytest.mark.parametrize(
+    "M, N, K, group", [(1, 63, 64, -1), (1, 64, 63, -1), (-1, 64, 64, -1), (1, 64, 64, 48)]
+)
 def test_sizes_that_the_format_cannot_hold_are_refused(M, N, K, group):
     with pytest.raises(ValueError, match="the sizes do not fit the packed format"):
         choose(M, N, K, DEVICES["A100"], group)

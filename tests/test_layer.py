@@ -27,7 +27,15 @@ def quantised_linear(n, k, groupsize, bias=False, device="cpu"):
     return linear.to(device), scales.to(device)
 
 
-SIZES = [(256, 256, 128), (256, 192, -1), (576, 192, 32), (576, 192, 64), (576, 192, 128), (100, 64, 128), (100, 70, -1)]
+SIZES = [
+    (256, 256, 128),
+    (256, 192, -1),
+    (576, 192, 32),
+    (576, 192, 64),
+    (576, 192, 128),
+    (100, 64, 128),
+    (100, 70, -1),
+]
 SIZES += [(17, 1, 16), (1, 1, -1), (31, 127, 32), (130, 65, 128), (128, 64, 128)]
 
 
@@ -59,7 +67,9 @@ def test_unpack_gives_back_what_was_packed_for_any_size(k, n, groupsize):
     x = torch.randn(2, k)
     W = linear.weight.detach().double().t()
     # float32: each of up to 400 additions rounds by 2^-24 of the partial sum at most, which is below |x| |W|
-    assert bool(((layer(x) - x.double() @ W).abs() <= 400 * 2**-24 * (x.double().abs() @ W.abs())).all())
+    assert bool(
+        ((layer(x) - x.double() @ W).abs() <= 400 * 2**-24 * (x.double().abs() @ W.abs())).all()
+    )
 
 
 def test_weights_are_rounded_to_the_nearest_value_and_clamped():
@@ -201,7 +211,11 @@ def test_a_layer_is_made_on_meta_and_filled_later():
     assert torch.equal(layer(x), source(x))
 
 
-WRONG_SIZES = [(0, 64, -1, "infeatures is 0"), (64, -1, -1, "outfeatures -1"), (64, 64, 0, "groupsize is 0")]
+WRONG_SIZES = [
+    (0, 64, -1, "infeatures is 0"),
+    (64, -1, -1, "outfeatures -1"),
+    (64, 64, 0, "groupsize is 0"),
+]
 WRONG_SIZES += [(64, 64, 24, "groupsize is 24"), (64, 64, -2, "groupsize is -2")]
 
 
@@ -225,9 +239,18 @@ def scales_with(value):
 
 
 WRONG_PACKS = {
-    "weight shape": (lambda: quantised_linear(96, 64, 32), r"linear.weight has shape \(96, 64\) but should be \(64, 96\)"),
-    "scales shape": (lambda: quantised_linear(64, 96, 16), r"scales has shape \(64, 6\) but should be \(64, 3\)"),
-    "scales turned": (lambda: (weight_with(0)[0], weight_with(0)[1].t()), r"scales has shape \(3, 64\)"),
+    "weight shape": (
+        lambda: quantised_linear(96, 64, 32),
+        r"linear.weight has shape \(96, 64\) but should be \(64, 96\)",
+    ),
+    "scales shape": (
+        lambda: quantised_linear(64, 96, 16),
+        r"scales has shape \(64, 6\) but should be \(64, 3\)",
+    ),
+    "scales turned": (
+        lambda: (weight_with(0)[0], weight_with(0)[1].t()),
+        r"scales has shape \(3, 64\)",
+    ),
     "weight nan": (lambda: weight_with(float("nan")), "linear.weight has NaN or Inf"),
     "weight inf": (lambda: weight_with(-float("inf")), "linear.weight has NaN or Inf"),
     "scale nan": (lambda: scales_with(float("nan")), "scales as float16 has NaN or Inf"),
@@ -255,7 +278,9 @@ class Model(nn.Module):
     def __init__(self):
         super().__init__()
         self.first = nn.Linear(100, 64)
-        self.blocks = nn.ModuleList([nn.Sequential(nn.Linear(64, 64, bias=False), nn.ReLU()) for _ in range(2)])
+        self.blocks = nn.ModuleList(
+            [nn.Sequential(nn.Linear(64, 64, bias=False), nn.ReLU()) for _ in range(2)]
+        )
         self.tied = self.first
         self.attention = nn.MultiheadAttention(64, 2)
         self.lm_head = nn.Linear(64, 10)

@@ -101,8 +101,14 @@ def test_packing_a_large_layer_takes_seconds():
 @pytest.mark.parametrize(
     "call, message",
     [
-        (lambda: layout.pack_weights(torch.zeros(15, 64, dtype=torch.uint8)), r"q has shape \(15, 64\)"),
-        (lambda: layout.pack_weights(torch.zeros(16, 65, dtype=torch.uint8)), r"q has shape \(16, 65\)"),
+        (
+            lambda: layout.pack_weights(torch.zeros(15, 64, dtype=torch.uint8)),
+            r"q has shape \(15, 64\)",
+        ),
+        (
+            lambda: layout.pack_weights(torch.zeros(16, 65, dtype=torch.uint8)),
+            r"q has shape \(16, 65\)",
+        ),
         (lambda: layout.pack_weights(torch.zeros(16, dtype=torch.uint8)), r"q has shape \(16,\)"),
         (lambda: layout.pack_weights(torch.zeros(16, 64)), "q is torch.float32"),
         (lambda: layout.pack_weights(torch.full((16, 64), 16)), "outside 0..15"),
@@ -110,7 +116,10 @@ def test_packing_a_large_layer_takes_seconds():
         (lambda: layout.unpack_weights(torch.zeros(1, 128)), "B is torch.float32"),
         (lambda: layout.unpack_weights(torch.zeros(1, 64).int()), r"B has shape \(1, 64\)"),
         (lambda: layout.permute_scales(torch.zeros(64)), r"permute_scales: s has shape \(64,\)"),
-        (lambda: layout.unpermute_scales(torch.zeros(2, 63)), r"unpermute_scales: s has shape \(2, 63\)"),
+        (
+            lambda: layout.unpermute_scales(torch.zeros(2, 63)),
+            r"unpermute_scales: s has shape \(2, 63\)",
+        ),
     ],
 )
 def test_a_wrong_argument_is_named(call, message):

@@ -37,7 +37,9 @@ def test_bias_is_added_once(device, M):
     assert torch.equal(y.double(), problem.C + bias.double())
 
 
-@pytest.mark.parametrize("k, n", [(256, 192), (255, 191), (249, 1), (129, 65), (1, 192), (200, 130)])
+@pytest.mark.parametrize(
+    "k, n", [(256, 192), (255, 191), (249, 1), (129, 65), (1, 192), (200, 130)]
+)
 @pytest.mark.parametrize("M", [1, 5, 33])
 def test_missing_columns_count_as_zeros(device, k, n, M):
     problem = make_problem(M, 256, 192, 64, device=device)
@@ -66,7 +68,9 @@ def test_any_strides_of_x_are_fine(device):
     expected = marlin.linear(x, problem.B, problem.s)
     strided = x.permute(2, 0, 1).contiguous().permute(1, 2, 0)
     assert torch.equal(marlin.linear(strided, problem.B, problem.s), expected)
-    assert torch.equal(marlin.linear(x.transpose(0, 1), problem.B, problem.s), expected.transpose(0, 1))
+    assert torch.equal(
+        marlin.linear(x.transpose(0, 1), problem.B, problem.s), expected.transpose(0, 1)
+    )
     one = x[0, 0].expand(3, 4, 256)
     assert torch.equal(marlin.linear(one, problem.B, problem.s), expected[0, 0].expand(3, 4, 64))
 
@@ -86,22 +90,49 @@ WRONG = {
     "x dtype": (lambda a: a.update(x=a["x"].double()), "x is float64 but should be float16"),
     "x scalar": (lambda a: a.update(x=a["x"][0, 0, 0]), "x has no dimensions"),
     "x width": (lambda a: a.update(x=a["x"][..., :255]), "x has K=255 but B is packed for K=256"),
-    "x padded width": (lambda a: a.update(in_features=200), "x has K=256 but B is packed for K=200"),
+    "x padded width": (
+        lambda a: a.update(in_features=200),
+        "x has K=256 but B is packed for K=200",
+    ),
     "B dtype": (lambda a: a.update(B=a["B"].short()), "B is int16 but should be int32"),
     "B width": (lambda a: a.update(B=a["B"][:, :64]), r"B has shape \(16, 64\)"),
     "s width": (lambda a: a.update(s=a["s"][:, :64]), "s has N=64 but B is packed for N=128"),
     "s groups": (lambda a: a.update(s=a["s"].repeat(2, 1)[:5]), "s has 5 groups"),
-    "bias dtype": (lambda a: a.update(bias=a["bias"].float()), "bias is float32 but should be of the dtype of x"),
-    "bias width": (lambda a: a.update(bias=a["bias"][:64]), r"bias has shape \(64,\) but should be \(128,\)"),
-    "bias dims": (lambda a: a.update(bias=a["bias"][None]), r"bias has shape \(1, 128\) but should be \(128,\)"),
+    "bias dtype": (
+        lambda a: a.update(bias=a["bias"].float()),
+        "bias is float32 but should be of the dtype of x",
+    ),
+    "bias width": (
+        lambda a: a.update(bias=a["bias"][:64]),
+        r"bias has shape \(64,\) but should be \(128,\)",
+    ),
+    "bias dims": (
+        lambda a: a.update(bias=a["bias"][None]),
+        r"bias has shape \(1, 128\) but should be \(128,\)",
+    ),
     "bias stride": (lambda a: a.update(bias=a["bias"].repeat(2)[::2]), r"bias has strides \(2,\)"),
-    "in_features 0": (lambda a: a.update(in_features=0), "in_features is 0 but should be 1 to K=256"),
-    "in_features": (lambda a: a.update(in_features=257), "in_features is 257 but should be 1 to K=256"),
-    "out_features 0": (lambda a: a.update(out_features=0), "out_features is 0 but should be 1 to N=128"),
-    "out_features": (lambda a: a.update(out_features=129), "out_features is 129 but should be 1 to N=128"),
+    "in_features 0": (
+        lambda a: a.update(in_features=0),
+        "in_features is 0 but should be 1 to K=256",
+    ),
+    "in_features": (
+        lambda a: a.update(in_features=257),
+        "in_features is 257 but should be 1 to K=256",
+    ),
+    "out_features 0": (
+        lambda a: a.update(out_features=0),
+        "out_features is 0 but should be 1 to N=128",
+    ),
+    "out_features": (
+        lambda a: a.update(out_features=129),
+        "out_features is 129 but should be 1 to N=128",
+    ),
 }
 WRONG_ON_GPU = {
-    "x float32": (lambda a: a.update(x=a["x"].float()), "x is float32 but should be float16 on a GPU"),
+    "x float32": (
+        lambda a: a.update(x=a["x"].float()),
+        "x is float32 but should be float16 on a GPU",
+    ),
     "B on cpu": (lambda a: a.update(B=a["B"].cpu()), "B is on cpu but x is on cuda:0"),
     "bias on cpu": (lambda a: a.update(bias=a["bias"].cpu()), "bias is on cpu but x is on cuda:0"),
 }

@@ -23,7 +23,9 @@ def product(problem, **options):
 
 
 @pytest.mark.parametrize("M", [1, 2, 15, 16, 17, 33, 64, 113])
-@pytest.mark.parametrize("K, N, group", [(256, 64, -1), (128, 192, 32), (576, 128, 64), (1408, 320, 128)])
+@pytest.mark.parametrize(
+    "K, N, group", [(256, 64, -1), (128, 192, 32), (576, 128, 64), (1408, 320, 128)]
+)
 def test_result_is_that_of_float64(device, M, K, N, group):
     problem = make_problem(M, K, N, group, device=device)
     assert error(product(problem), problem.C) < TOLERANCE[torch.float16]
@@ -42,7 +44,10 @@ def test_cpu_takes_any_group_of_16s(group):
     assert error(product(problem), problem.C) < TOLERANCE[torch.float16]
 
 
-@pytest.mark.parametrize("M, K, N, group", [(1, 1008, 64, -1), (15, 1024, 192, 128), (33, 256, 128, 32), (97, 4096, 64, 64)])
+@pytest.mark.parametrize(
+    "M, K, N, group",
+    [(1, 1008, 64, -1), (15, 1024, 192, 128), (33, 256, 128, 32), (97, 4096, 64, 64)],
+)
 def test_integers_come_out_exact(device, M, K, N, group):
     problem = make_problem(M, K, N, group, device=device, integer=True)
     assert torch.equal(product(problem).double(), problem.C)
@@ -143,7 +148,9 @@ def test_workspace_is_neither_read_nor_written(device):
         assert torch.equal(workspace.view(torch.uint8), before.view(torch.uint8))
 
 
-@pytest.mark.parametrize("options", [{"thread_k": 64, "thread_n": 256}, {"thread_n": 64}, {"sms": 3}, {"sms": 10**6}])
+@pytest.mark.parametrize(
+    "options", [{"thread_k": 64, "thread_n": 256}, {"thread_n": 64}, {"sms": 3}, {"sms": 10**6}]
+)
 def test_hints_change_the_result_by_rounding_at_most(device, options):
     problem = make_problem(17, 1024, 256, 128, device=device)
     assert error(product(problem, **options), problem.C) < TOLERANCE[torch.float16]
@@ -173,48 +180,108 @@ def misaligned(t):
 WRONG = {
     "A dtype": (lambda a: a.update(A=a["A"].double()), "A is float64 but should be float16"),
     "A integer": (lambda a: a.update(A=a["A"].int()), "A is int32 but should be float16"),
-    "A dims": (lambda a: a.update(A=a["A"][None]), r"A has shape \(1, 4, 256\) but should be \(M, K\)"),
+    "A dims": (
+        lambda a: a.update(A=a["A"][None]),
+        r"A has shape \(1, 4, 256\) but should be \(M, K\)",
+    ),
     "A width": (lambda a: a.update(A=a["A"][:, :200]), "A has K=200 but B is packed for K=256"),
     "B dtype": (lambda a: a.update(B=a["B"].float()), "B is float32 but should be int32"),
     "B int64": (lambda a: a.update(B=a["B"].long()), "B is int64 but should be int32"),
-    "B dims": (lambda a: a.update(B=a["B"].flatten()), r"B has shape \(4096,\) but should be \(K / 16, 2 N\)"),
-    "B width": (lambda a: a.update(B=a["B"][:, :200]), r"B has shape \(16, 200\) but .* N a multiple of 64"),
+    "B dims": (
+        lambda a: a.update(B=a["B"].flatten()),
+        r"B has shape \(4096,\) but should be \(K / 16, 2 N\)",
+    ),
+    "B width": (
+        lambda a: a.update(B=a["B"][:, :200]),
+        r"B has shape \(16, 200\) but .* N a multiple of 64",
+    ),
     "B empty": (lambda a: a.update(B=a["B"][:0]), r"B has shape \(0, 256\)"),
-    "B stride": (lambda a: a.update(B=a["B"].t().contiguous().t()), r"B has strides \(1, 16\) but should be contiguous"),
+    "B stride": (
+        lambda a: a.update(B=a["B"].t().contiguous().t()),
+        r"B has strides \(1, 16\) but should be contiguous",
+    ),
     "s dtype": (lambda a: a.update(s=a["s"].float()), "s is float32 but should be float16"),
-    "s dims": (lambda a: a.update(s=a["s"].flatten()), r"s has shape \(512,\) but should be \(K / group, N\)"),
+    "s dims": (
+        lambda a: a.update(s=a["s"].flatten()),
+        r"s has shape \(512,\) but should be \(K / group, N\)",
+    ),
     "s width": (lambda a: a.update(s=a["s"][:, :64]), "s has N=64 but B is packed for N=128"),
-    "s groups": (lambda a: a.update(s=a["s"][:3]), "s has 3 groups but should have a number that cuts K=256"),
-    "s group 8": (lambda a: a.update(s=a["s"].repeat(8, 1)), "s has 32 groups but .* multiples of 16"),
+    "s groups": (
+        lambda a: a.update(s=a["s"][:3]),
+        "s has 3 groups but should have a number that cuts K=256",
+    ),
+    "s group 8": (
+        lambda a: a.update(s=a["s"].repeat(8, 1)),
+        "s has 32 groups but .* multiples of 16",
+    ),
     "s empty": (lambda a: a.update(s=a["s"][:0]), "s has 0 groups"),
     "s stride": (lambda a: a.update(s=a["s"].t().contiguous().t()), r"s has strides \(1, 4\)"),
-    "C dtype": (lambda a: a.update(C=a["C"].float()), "C is float32 but should be of the dtype of A"),
-    "C rows": (lambda a: a.update(C=a["C"][:3]), r"C has shape \(3, 128\) but should be \(4, 128\)"),
-    "C width": (lambda a: a.update(C=a["C"][:, :64]), r"C has shape \(4, 64\) but should be \(4, 128\)"),
-    "C dims": (lambda a: a.update(C=a["C"].flatten()), r"C has shape \(512,\) but should be \(4, 128\)"),
+    "C dtype": (
+        lambda a: a.update(C=a["C"].float()),
+        "C is float32 but should be of the dtype of A",
+    ),
+    "C rows": (
+        lambda a: a.update(C=a["C"][:3]),
+        r"C has shape \(3, 128\) but should be \(4, 128\)",
+    ),
+    "C width": (
+        lambda a: a.update(C=a["C"][:, :64]),
+        r"C has shape \(4, 64\) but should be \(4, 128\)",
+    ),
+    "C dims": (
+        lambda a: a.update(C=a["C"].flatten()),
+        r"C has shape \(512,\) but should be \(4, 128\)",
+    ),
     "C stride": (lambda a: a.update(C=a["C"].t().contiguous().t()), r"C has strides \(1, 4\)"),
     "C is A": (lambda a: a.update(C=a["A"].flatten()[:512].view(4, 128)), "C shares memory with A"),
-    "C is B": (lambda a: a.update(C=a["B"].view(torch.half).flatten()[:512].view(4, 128)), "C shares memory with B"),
+    "C is B": (
+        lambda a: a.update(C=a["B"].view(torch.half).flatten()[:512].view(4, 128)),
+        "C shares memory with B",
+    ),
     "C is s": (lambda a: a.update(C=a["s"]), "C shares memory with s"),
-    "workspace": (lambda a: a.update(workspace=a["workspace"][:15]), "workspace has 60 bytes but .* at least 64"),
+    "workspace": (
+        lambda a: a.update(workspace=a["workspace"][:15]),
+        "workspace has 60 bytes but .* at least 64",
+    ),
     "max_par": (lambda a: a.update(max_par=32), "workspace has 64 bytes but .* at least 128"),
     "max_par 0": (lambda a: a.update(max_par=0), "max_par is 0 but should be at least 1"),
-    "thread_k": (lambda a: a.update(thread_k=32), "thread_k is 32 but should be -1, 64, 128 or 256"),
+    "thread_k": (
+        lambda a: a.update(thread_k=32),
+        "thread_k is 32 but should be -1, 64, 128 or 256",
+    ),
     "thread_n": (lambda a: a.update(thread_n=0), "thread_n is 0 but should be -1, 64, 128 or 256"),
     "sms": (lambda a: a.update(sms=0), "sms is 0 but should be -1 or at least 1"),
 }
 
 WRONG_ON_GPU = {
-    "A bfloat16": (lambda a: a.update(A=a["A"].bfloat16()), "A is bfloat16 but should be float16 on a GPU"),
-    "B on cpu": (lambda a: a.update(B=a["B"].cpu()), "B is on cpu but A is on cuda:0: all should be on one device"),
+    "A bfloat16": (
+        lambda a: a.update(A=a["A"].bfloat16()),
+        "A is bfloat16 but should be float16 on a GPU",
+    ),
+    "B on cpu": (
+        lambda a: a.update(B=a["B"].cpu()),
+        "B is on cpu but A is on cuda:0: all should be on one device",
+    ),
     "s on cpu": (lambda a: a.update(s=a["s"].cpu()), "s is on cpu but A is on cuda:0"),
     "C on cpu": (lambda a: a.update(C=a["C"].cpu()), "C is on cpu but A is on cuda:0"),
     "A on cpu": (lambda a: a.update(A=a["A"].cpu()), "B is on cuda:0 but A is on cpu"),
     "workspace on cpu": (lambda a: a.update(workspace=a["workspace"].cpu()), "workspace is on cpu"),
-    "group 16": (lambda a: a.update(s=a["s"].repeat(4, 1)), "groups of 16 but a GPU takes groups of 32, 64, 128"),
-    "B address": (lambda a: a.update(B=misaligned(a["B"])), "B starts 4 bytes after a multiple of 16"),
-    "s address": (lambda a: a.update(s=misaligned(a["s"])), "s starts 2 bytes after a multiple of 16"),
-    "C address": (lambda a: a.update(C=misaligned(a["C"])), "C starts 2 bytes after a multiple of 16"),
+    "group 16": (
+        lambda a: a.update(s=a["s"].repeat(4, 1)),
+        "groups of 16 but a GPU takes groups of 32, 64, 128",
+    ),
+    "B address": (
+        lambda a: a.update(B=misaligned(a["B"])),
+        "B starts 4 bytes after a multiple of 16",
+    ),
+    "s address": (
+        lambda a: a.update(s=misaligned(a["s"])),
+        "s starts 2 bytes after a multiple of 16",
+    ),
+    "C address": (
+        lambda a: a.update(C=misaligned(a["C"])),
+        "C starts 2 bytes after a multiple of 16",
+    ),
 }
 
 CASES = [pytest.param("cpu", *case, id=name) for name, case in WRONG.items()]
@@ -235,7 +302,9 @@ def test_a_wrong_argument_is_named_and_nothing_written(device, change, message):
         with pytest.raises(ValueError, match=r"^marlin\.mul: " + message):
             function(**arguments)
     for name, t in before.items():
-        assert torch.equal(arguments[name].contiguous().view(torch.uint8), t.contiguous().view(torch.uint8))
+        assert torch.equal(
+            arguments[name].contiguous().view(torch.uint8), t.contiguous().view(torch.uint8)
+        )
 
 
 def test_an_argument_that_is_no_tensor_is_a_type_error():
@@ -276,13 +345,20 @@ def test_writing_into_C_counts_for_autograd():
     "variable, message",
     [
         ("MARLIN_BACKEND", "MARLIN_BACKEND is 'nonsense' but should be auto or sm80"),
-        ("MARLIN_CPU_ISA", "MARLIN_CPU_ISA is 'nonsense' but should be portable, avx2, avx512 or auto"),
+        (
+            "MARLIN_CPU_ISA",
+            "MARLIN_CPU_ISA is 'nonsense' but should be portable, avx2, avx512 or auto",
+        ),
     ],
 )
 def test_a_wrong_environment_variable_is_named(variable, message):
     run = subprocess.run(
         [sys.executable, "-c", "import marlin; marlin._C.cpu_isa()"],
-        env={**os.environ, variable: "nonsense", "PYTHONPATH": str(Path(marlin.__file__).parents[1])},
+        env={
+            **os.environ,
+            variable: "nonsense",
+            "PYTHONPATH": str(Path(marlin.__file__).parents[1]),
+        },
         capture_output=True,
         text=True,
     )
