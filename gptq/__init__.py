@@ -1,1 +1,1 @@
-"""GPTQ for Marlin: scripts and the modules they share. Run the scripts by path, e.g. `python gptq/llama2.py MODEL`."""
+"""GPTQ for Marlin: scripts, run by path (`python gptq/llama2.py MODEL`), and what they share."""

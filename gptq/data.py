@@ -1,7 +1,7 @@
 """Calibration and evaluation text: a local file, or wikitext2, redpajama, c4 through `datasets`.
 
-llama2.py, eval.py and examples/demo.py are the callers. The two parts of a text never overlap: a data set that has splits
-of its own is used by them, any other text is cut by position.
+llama2.py, eval.py and examples/demo.py are the callers. The two parts of a text never overlap: a
+data set that has splits of its own is used by them, any other text is cut by position.
 """
 
 from __future__ import annotations
@@ -18,7 +18,8 @@ CALIBRATION, EVALUATION = "calibration", "evaluation"
 
 # Of a text without splits, the last tenth is for evaluation.
 EVALUATION_FRACTION = 0.1
-# Documents taken from a corpus of web pages: enough for 128 samples of 4096 tokens, seconds to tokenise.
+# Documents taken from a corpus of web pages: enough for 128 samples of 4096 tokens, seconds to
+# tokenise.
 MAX_DOCUMENTS = {CALIBRATION: 4000, EVALUATION: 1100}
 
 
@@ -52,8 +53,8 @@ def load_text(source: str, part: str) -> list[str]:
 
 
 def split_text(text: str, part: str) -> str:
-    """Cuts a text by position: all but the last tenth to calibrate with, the last tenth, from its next line on, to
-    evaluate on."""
+    """Cuts a text by position: all but the last tenth to calibrate with, the last tenth, from its
+    next line on, to evaluate on."""
     cut = int(len(text) * (1 - EVALUATION_FRACTION))
     newline = text.find("\n", cut)
     cut = cut if newline < 0 else newline + 1
@@ -65,7 +66,8 @@ def _load_corpus(source: str, part: str) -> list[str]:
         import datasets
     except ImportError as error:
         raise DataError(
-            f"gptq: {source} needs the package datasets (pip install datasets); a local text file does not"
+            f"gptq: {source} needs the package datasets (pip install datasets); a local text file "
+            "does not"
         ) from error
     calibrate = part == CALIBRATION
     try:
@@ -82,7 +84,8 @@ def _load_corpus(source: str, part: str) -> list[str]:
             )
             rows = datasets.load_dataset("allenai/c4", data_files={name: file}, split=name)
         else:
-            # The hub's own conversion: the repository itself is a script, which datasets 4 and later refuse to run.
+            # The hub's own conversion: the repository itself is a script, which datasets 4 and
+            # later refuse to run.
             rows = datasets.load_dataset(
                 "togethercomputer/RedPajama-Data-1T-Sample",
                 revision="refs/convert/parquet",
@@ -97,12 +100,14 @@ def _load_corpus(source: str, part: str) -> list[str]:
     except (OSError, ValueError, RuntimeError, KeyError) as error:
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise DataError(
-            f"gptq: {source} could not be fetched through datasets ({reason}); give a local text file instead"
+            f"gptq: {source} could not be fetched through datasets ({reason}); give a local text "
+            "file instead"
         ) from error
 
 
 def tokenize(tokenizer: Any, documents: Sequence[str]) -> list[Tensor]:
-    """Documents to tokens, each (length,) int64, without the warning that a text is longer than the model's context."""
+    """Documents to tokens, each (length,) int64, without the warning that a text is longer than the
+    model's context."""
     return [
         torch.tensor(
             tokenizer(text, add_special_tokens=True, verbose=False)["input_ids"], dtype=torch.int64
@@ -117,8 +122,9 @@ def calibration_samples(
 ) -> list[Tensor]:
     """Takes samples to calibrate with.
 
-    A continuous text gives windows of seqlen that do not overlap, spread evenly over it. A corpus gives random documents,
-    one sample each: a random window of a long one, all of a short one, so that the lengths of the samples differ.
+    A continuous text gives windows of seqlen that do not overlap, spread evenly over it. A corpus
+    gives random documents, one sample each: a random window of a long one, all of a short one, so
+    that the lengths of the samples differ.
 
     Args:
         documents: tokens of each document (length,) int64.
@@ -138,7 +144,8 @@ def calibration_samples(
         available = len(tokens) // seqlen
         if available < nsamples:
             raise DataError(
-                f"gptq: {source} has {len(tokens)} tokens to calibrate with, but {nsamples} samples of {seqlen} need "
+                f"gptq: {source} has {len(tokens)} tokens to calibrate with, but {nsamples} "
+                f"samples of {seqlen} need "
                 f"{nsamples * seqlen}: give more text, or lower --nsamples or --seqlen"
             )
         starts = [i * (len(tokens) - seqlen) // max(1, nsamples - 1) for i in range(nsamples)]
@@ -147,7 +154,8 @@ def calibration_samples(
     usable = [tokens for tokens in documents if len(tokens) >= min(32, seqlen)]
     if len(usable) < nsamples:
         raise DataError(
-            f"gptq: {source} has {len(usable)} documents to calibrate with, but {nsamples} samples are asked for: "
+            f"gptq: {source} has {len(usable)} documents to calibrate with, but {nsamples} samples "
+            "are asked for: "
             "give more text, or lower --nsamples"
         )
     generator = torch.Generator().manual_seed(seed)
@@ -180,7 +188,8 @@ def evaluation_windows(
     count = len(tokens) // seqlen
     if count == 0:
         raise DataError(
-            f"gptq: {source} has {len(tokens)} tokens to evaluate on, but one window needs {seqlen}: give more text, or "
+            f"gptq: {source} has {len(tokens)} tokens to evaluate on, but one window needs "
+            f"{seqlen}: give more text, or "
             "lower --seqlen"
         )
     count = count if limit is None else min(count, limit)

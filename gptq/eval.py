@@ -1,11 +1,13 @@
-"""Evaluates FP16 and compressed models in the lm-evaluation-harness, with the harness's own options.
+"""Evaluates FP16 and compressed models in the lm-evaluation-harness, with the harness's own
+options.
 
     python gptq/eval.py --model hf --model_args pretrained=MODEL,dtype=float16 --tasks arc_easy
-    python gptq/eval.py --model hf --model_args pretrained=MODEL --tasks arc_easy --marlin_checkpoint DIR
+    python gptq/eval.py --model hf --model_args pretrained=MODEL --tasks arc_easy \\
+        --marlin_checkpoint DIR
 
-Every option but --marlin_checkpoint is the harness's (--help lists them). With it, the weights, and the tokenizer unless
---model_args names one, come from the checkpoint in DIR; `pretrained` then only says what was compressed. Depends on lm_eval
-0.4 and marlin.integrations.lm_eval.
+Every option but --marlin_checkpoint is the harness's (--help lists them). With it, the weights, and
+the tokenizer unless --model_args names one, come from the checkpoint in DIR; `pretrained` then only
+says what was compressed. Depends on lm_eval 0.4 and marlin.integrations.lm_eval.
 """
 
 from __future__ import annotations

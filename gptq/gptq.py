@@ -1,8 +1,9 @@
 """GPTQ: rounds the weight of a linear layer so that its output, not the weight, changes least.
 
-Frantar, Ashkboos, Hoefler, Alistarh: "GPTQ: Accurate Post-Training Quantization for Generative Pre-trained Transformers",
-2022 (arXiv:2210.17323); names as there: W, H, Hinv, Q, err. Depends on torch, marlin.quantize and quant.py; llama2.py is
-the caller. docs/compression.md tells what each addition to the published algorithm is worth.
+Frantar, Ashkboos, Hoefler, Alistarh: "GPTQ: Accurate Post-Training Quantization for Generative
+Pre-trained Transformers", 2022 (arXiv:2210.17323); names as there: W, H, Hinv, Q, err. Depends on
+torch, marlin.quantize and quant.py; llama2.py is the caller. docs/compression.md tells what each
+addition to the published algorithm is worth.
 """
 
 from __future__ import annotations
@@ -20,7 +21,8 @@ from marlin import quantize
 
 log = logging.getLogger("gptq")
 
-# A Hessian that ten times the damping, that often, cannot make positive definite is no Hessian (NaN, or infinite inputs).
+# A Hessian that ten times the damping, that often, cannot make positive definite is no Hessian
+# (NaN, or infinite inputs).
 MAX_DAMPING_STEPS = 8
 
 
@@ -28,10 +30,15 @@ MAX_DAMPING_STEPS = 8
 class Options:
     """How to round.
 
-    groupsize: input features that share a scale, -1 for all. percdamp: damping, a fraction of the mean diagonal of H.
-    act_order: columns in the order of falling diagonal of H, their groups staying what they are. static_groups: scales
-    chosen before the first column is rounded (always so with act_order), not when a group is entered. rule: of
-    quantize.RULES. passes: rounds of scale refit and coordinate descent afterwards. blocksize: columns of a lazy batch.
+    Args:
+        groupsize: input features that share a scale, -1 for all.
+        percdamp: damping, a fraction of the mean diagonal of H.
+        act_order: columns in the order of falling diagonal of H; their groups stay what they are.
+        static_groups: scales are chosen before the first column is rounded, as always with
+            act_order, and not when a group is entered.
+        rule: of quantize.RULES.
+        passes: rounds of scale refit and coordinate descent afterwards.
+        blocksize: columns of a lazy batch.
     """
 
     groupsize: int = 128
@@ -43,9 +50,13 @@ class Options:
     blocksize: int = 128
 
 
+DEFAULTS = Options()
+
+
 @dataclasses.dataclass
 class Result:
-    """q (n, k) uint8 0..15, scales (n, groups) fp16, loss (n,): the squared error of every output feature."""
+    """q (n, k) uint8 0..15, scales (n, groups) fp16, loss (n,): the squared error of every output
+    feature."""
 
     q: Tensor
     scales: Tensor
@@ -75,11 +86,13 @@ def damped_inverse(H: Tensor, percdamp: float, name: str = "layer") -> tuple[Ten
 
     Args:
         H: (k, k) float32, symmetric, diagonal positive.
-        percdamp: first damping, a fraction of the mean diagonal; ten times more at every failure, logged.
+        percdamp: first damping, a fraction of the mean diagonal; ten times more at every failure,
+            logged.
         name: of the layer, for the log.
 
     Returns:
-        H damped (k, k); Hinv (k, k), the upper Cholesky factor of the inverse; the damping that it took.
+        H damped (k, k); Hinv (k, k), the upper Cholesky factor of the inverse; the damping that it
+        took.
 
     Raises:
         ValueError: no damping makes it positive definite.
@@ -102,12 +115,13 @@ def damped_inverse(H: Tensor, percdamp: float, name: str = "layer") -> tuple[Ten
         )
         percdamp = following
     raise ValueError(
-        f"gptq: the Hessian of {name} is not positive definite even with damping {percdamp:g}: its calibration inputs "
+        f"gptq: the Hessian of {name} is not positive definite even with damping {percdamp:g}: its "
+        "calibration inputs "
         "hold NaN or infinite values"
     )
 
 
-def gptq(W: Tensor, H: Tensor, options: Options = Options(), name: str = "layer") -> Result:
+def gptq(W: Tensor, H: Tensor, options: Options = DEFAULTS, name: str = "layer") -> Result:
     """Rounds a weight to 4 bits under the Hessian of its inputs.
 
     Args:
@@ -127,11 +141,12 @@ def gptq(W: Tensor, H: Tensor, options: Options = Options(), name: str = "layer"
         >>> hessian.add(torch.randn(1000, 128))
         >>> result = gptq(torch.randn(64, 128), hessian.H, Options(groupsize=64))
     """
-    n, k = W.shape
+    k = W.shape[1]
     if H.shape != (k, k):
         raise ValueError(f"gptq: H of {name} is {tuple(H.shape)} but W has {k} input features")
     W = W.float()
-    # A dead input was zero in every sample: its column is rounded to nearest, and no other column hears of it.
+    # A dead input was zero in every sample: its column is rounded to nearest, and no other column
+    # hears of it.
     dead = H.diagonal() == 0
     if dead.any():
         log.info("%s: %d of %d inputs were never active", name, int(dead.sum()), k)
@@ -169,8 +184,8 @@ def gptq(W: Tensor, H: Tensor, options: Options = Options(), name: str = "layer"
 
 @contextlib.contextmanager
 def _one_thread(device: torch.device) -> Iterator[None]:
-    """Runs the column loops of a CPU on one thread: their operations are a few microseconds long, and to wake a second
-    thread for each made them 10 times slower on a machine with other work."""
+    """Runs the column loops of a CPU on one thread: their operations are a few microseconds long,
+    and to wake a second thread for each made them 10 times slower on a machine with other work."""
     threads = torch.get_num_threads()
     if device.type == "cpu":
         torch.set_num_threads(1)
@@ -191,9 +206,9 @@ def _round_columns(
 ) -> tuple[Tensor, Tensor]:
     """The algorithm of the paper: columns in turn, each one's error carried to those that follow.
 
-    W (n, k), Hinv (k, k) upper, scales (n, groups) fp16, group_of (k,), all in processing order. With `entered`, the scales
-    of a group are chosen anew from the updated weights when its first column comes up. Returns q (n, k) float32 centred,
-    and the scales.
+    W (n, k), Hinv (k, k) upper, scales (n, groups) fp16, group_of (k,), all in processing order.
+    With `entered`, the scales of a group are chosen anew from the updated weights when its first
+    column comes up. Returns q (n, k) float32 centred, and the scales.
     """
     # Transposed, so that what belongs to one column of W is adjacent in memory.
     W = W.t().contiguous()

@@ -1,10 +1,13 @@
 """Compresses a Llama to 4 bits with GPTQ, and measures perplexity before and after.
 
-    python gptq/llama2.py MODEL                                        # perplexity of the uncompressed model
-    python gptq/llama2.py MODEL --wbits 4 --groupsize 128 --save DIR   # compress, report, perplexity, save
+    python gptq/llama2.py MODEL
+        perplexity of the uncompressed model
+    python gptq/llama2.py MODEL --wbits 4 --groupsize 128 --save DIR
+        compress, report the error of every layer, perplexity, save
 
-Depends on transformers, gptq.py, data.py, and, to save, marlin.checkpoint. eval.py and examples/demo.py use its parts. One
-decoder layer at a time is on the computing device; everything else stays in main memory.
+Depends on transformers, gptq.py, data.py, and, to save, marlin.checkpoint. eval.py and
+examples/demo.py use its parts. One decoder layer at a time is on the computing device; everything
+else stays in main memory.
 """
 
 from __future__ import annotations
@@ -41,9 +44,9 @@ class ModelError(Exception):
     """A model that is missing or not of a known kind; the message is one sentence for the user."""
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Reading a model
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 def load_model(source: str, dtype: torch.dtype = torch.float16) -> tuple[nn.Module, Any]:
@@ -51,7 +54,8 @@ def load_model(source: str, dtype: torch.dtype = torch.float16) -> tuple[nn.Modu
 
     Args:
         source: a folder, a GGUF file, or the name of a model on the hub.
-        dtype: of the weights in main memory. GGUF weights are rounded to FP16 first: they are "the FP16 model".
+        dtype: of the weights in main memory. GGUF weights are rounded to FP16 first: they are "the
+            FP16 model".
 
     Returns:
         The model, on the CPU, in evaluation mode, and its tokenizer.
@@ -66,7 +70,8 @@ def load_model(source: str, dtype: torch.dtype = torch.float16) -> tuple[nn.Modu
         raise ModelError(f"gptq: {source} is not a model folder: it has no config.json")
     if path.is_file() and path.suffix != ".gguf":
         raise ModelError(
-            f"gptq: {source} is a file but not a GGUF file; MODEL is a folder, a GGUF file, or a hub name"
+            f"gptq: {source} is a file but not a GGUF file; MODEL is a folder, a GGUF file, or a "
+            "hub name"
         )
     try:
         if path.is_file():
@@ -90,8 +95,8 @@ def _load_gguf(path: pathlib.Path, dtype: torch.dtype) -> tuple[nn.Module, Any]:
     where = {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name}
     tokenizer = transformers.AutoTokenizer.from_pretrained(**where)
     loaded = transformers.AutoModelForCausalLM.from_pretrained(dtype=torch.float32, **where)
-    # transformers 5 calls the result quantised though its weights are plain, and then neither casts nor saves it: move the
-    # weights into a model that never heard of GGUF.
+    # transformers 5 calls the result quantised though its weights are plain, and then neither casts
+    # nor saves it: move the weights into a model that never heard of GGUF.
     config = copy.deepcopy(loaded.config)
     if hasattr(config, "quantization_config"):
         del config.quantization_config
@@ -125,12 +130,12 @@ def check_architecture(config: Any, seqlen: int) -> None:
         )
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Walking through the layers
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
-class _Caught(Exception):
+class _CaughtError(Exception):
     """Ends a forward pass at the first decoder layer."""
 
 
@@ -150,11 +155,12 @@ class _Catcher(nn.Module):
 
     def forward(self, hidden_states: Tensor, **kwargs: Any) -> Tensor:
         self.caught = (hidden_states, kwargs)
-        raise _Caught
+        raise _CaughtError
 
 
 def embed(model: Any, samples: Sequence[Tensor]) -> list[tuple[Tensor, dict[str, Any]]]:
-    """What the first decoder layer is called with for every sample: hidden states (1, length, hidden), and keywords."""
+    """What the first decoder layer is called with for every sample: hidden states (1, length,
+    hidden), and keywords."""
     layers = model.model.layers
     catcher = _Catcher(layers[0])
     layers[0] = catcher
@@ -163,7 +169,7 @@ def embed(model: Any, samples: Sequence[Tensor]) -> list[tuple[Tensor, dict[str,
         for sample in samples:
             try:
                 model.model(sample.to(model.model.embed_tokens.weight.device), use_cache=False)
-            except _Caught:
+            except _CaughtError:
                 assert catcher.caught is not None
                 inputs.append(catcher.caught)
     finally:
@@ -214,14 +220,15 @@ def perplexity(
     return math.exp(total / count)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Compressing
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 @dataclasses.dataclass
 class LayerReport:
-    """One compressed linear layer: its name, its squared output error relative to its squared output, its damping."""
+    """One compressed linear layer: its name, its squared output error relative to its squared
+    output, its damping."""
 
     name: str
     error: float
@@ -229,7 +236,8 @@ class LayerReport:
 
 
 def linears(model: Any) -> dict[str, nn.Linear]:
-    """The linear layers that are compressed: those of the decoder layers, by their names in the model."""
+    """The linear layers that are compressed: those of the decoder layers, by their names in the
+    model."""
     return {
         f"model.layers.{i}.{name}": module
         for i, layer in enumerate(model.model.layers)
@@ -264,14 +272,14 @@ def round_model(model: Any, groupsize: int, rule: str = "search") -> dict[str, T
 def compress(
     model: Any,
     samples: Sequence[Tensor],
-    options: gptq.Options = gptq.Options(),
+    options: gptq.Options = gptq.DEFAULTS,
     device: torch.device | str = "cpu",
     on_layer: Callable[[LayerReport], None] | None = None,
 ) -> tuple[dict[str, Tensor], list[LayerReport]]:
     """Compresses every linear layer of the decoder with GPTQ, in place.
 
-    A decoder layer is walked through once, in four stages: q/k/v, o, gate/up, down. Each is rounded under the Hessian of
-    inputs that have passed everything before it already rounded.
+    A decoder layer is walked through once, in four stages: q/k/v, o, gate/up, down. Each is rounded
+    under the Hessian of inputs that have passed everything before it already rounded.
 
     Args:
         model: on the CPU; its type is one of ARCHITECTURES.
@@ -281,8 +289,8 @@ def compress(
         on_layer: called with the report of every linear layer.
 
     Returns:
-        The scales of each layer by name, (n, groups) fp16, and the reports. The weights are on the grid of these scales,
-        so marlin.Layer.pack recovers the stored values exactly.
+        The scales of each layer by name, (n, groups) fp16, and the reports. The weights are on the
+        grid of these scales, so marlin.Layer.pack recovers the stored values exactly.
 
     Raises:
         ModelError: an architecture that is not known.
@@ -293,7 +301,8 @@ def compress(
     reports: list[LayerReport] = []
 
     def stage(prefix: str, modules: dict[str, nn.Linear], inputs: list[Tensor]) -> None:
-        """Rounds linear layers that share their inputs, and so their Hessian, as one tall weight."""
+        """Rounds linear layers that share their inputs, and so their Hessian, as one tall
+        weight."""
         first = next(iter(modules.values()))
         hessian = gptq.Hessian(first.in_features, device)
         for x in inputs:
@@ -352,14 +361,14 @@ def compress(
     return scales, reports
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Command line
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Reads the command line."""
-    defaults = gptq.Options()
+    defaults = gptq.DEFAULTS
     parser = argparse.ArgumentParser(
         prog="gptq/llama2.py", description="Perplexity and GPTQ compression of a Llama."
     )
@@ -460,7 +469,8 @@ def run(args: argparse.Namespace) -> None:
     )
     if args.wbits == 16:
         print(
-            f"perplexity of {args.model} on {eval_source}: {perplexity(model, windows, args.device):.3f}"
+            f"perplexity of {args.model} on {eval_source}: "
+            f"{perplexity(model, windows, args.device):.3f}"
         )
         return
     if not calibrate:
@@ -488,7 +498,8 @@ def run(args: argparse.Namespace) -> None:
             ),
         )
     print(
-        f"perplexity of {args.model} in 4 bits on {eval_source}: {perplexity(model, windows, args.device):.3f}"
+        f"perplexity of {args.model} in 4 bits on {eval_source}: "
+        f"{perplexity(model, windows, args.device):.3f}"
     )
     if args.save:
         checkpoint.pack_model(model, scales, args.groupsize)

@@ -1,9 +1,11 @@
-"""Improving a rounded weight under the Hessian of its inputs: loss, refit of the scales, coordinate descent.
+"""Improving a rounded weight under the Hessian of its inputs: loss, refit of the scales, coordinate
+descent.
 
 Depends on torch and marlin.quantize, which holds the grid itself. gptq.py is the caller.
 
-Names as in the GPTQ paper: W (n, k) the weight, Q (n, k) its rounded counterpart, H (k, k) = 2/T sum x x^T over the T
-calibration inputs x. The loss of a layer is tr((W - Q) H (W - Q)^T), the squared error of its output.
+Names as in the GPTQ paper: W (n, k) the weight, Q (n, k) its rounded counterpart, H (k, k) = 2/T
+sum x x^T over the T calibration inputs x. The loss of a layer is tr((W - Q) H (W - Q)^T), the
+squared error of its output.
 """
 
 from __future__ import annotations
@@ -30,7 +32,8 @@ def loss(W: Tensor, Q: Tensor, H: Tensor) -> Tensor:
 
 
 def refit_scales(W: Tensor, q: Tensor, scales: Tensor, group_of: Tensor, H: Tensor) -> Tensor:
-    """Finds the scales that minimise the loss while the stored values stay: a least-squares problem for every feature.
+    """Finds the scales that minimise the loss while the stored values stay: a least-squares problem
+    for every feature.
 
     Args:
         W: weight (n, k) float32.
@@ -63,7 +66,8 @@ def refit_scales(W: Tensor, q: Tensor, scales: Tensor, group_of: Tensor, H: Tens
 def coordinate_descent(
     W: Tensor, q: Tensor, scales: Tensor, group_of: Tensor, H: Tensor, blocksize: int = 128
 ) -> Tensor:
-    """Moves one stored value after another to the grid point that minimises the loss while all others stay.
+    """Moves one stored value after another to the grid point that minimises the loss while all
+    others stay.
 
     Args:
         W: weight (n, k) float32.
@@ -76,7 +80,7 @@ def coordinate_descent(
     Returns:
         (n, k) float32, centred stored values whose loss is not above that of q for any feature.
     """
-    # Transposed, so that what belongs to one column of W is adjacent in memory: 3 times faster on a CPU.
+    # Transposed, so that what belongs to one column of W is adjacent in memory.
     q, s = q.t().contiguous(), scales.float().t()[group_of]
     err = (W.t() - q * s).contiguous()
     step = (

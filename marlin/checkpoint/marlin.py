@@ -1,13 +1,16 @@
-"""The Marlin checkpoint: a model folder as transformers writes it, whose compressed layers are stored as B and s.
+"""The Marlin checkpoint: a model folder as transformers writes it, whose compressed layers are
+stored as B and s.
 
-    config.json           the model's config, with quantization_config = {"quant_method": "marlin", "bits": 4,
-                          "group_size": 128 or -1, "sym": true, "desc_act": false, "checkpoint_format": "marlin",
-                          "lm_head": false}
-    model.safetensors     <layer>.B, <layer>.s (and <layer>.bias) for each compressed layer, <name>.weight for the rest
+    config.json           the model's config, with quantization_config = {"quant_method": "marlin",
+                          "bits": 4, "group_size": 128 or -1, "sym": true, "desc_act": false,
+                          "checkpoint_format": "marlin", "lm_head": false}
+    model.safetensors     <layer>.B, <layer>.s (and <layer>.bias) for each compressed layer,
+                          <name>.weight for the rest
     tokenizer files, generation_config.json
 
-A checkpoint is written into a folder beside its place and renamed once it is complete and on disk, so that a full disk or a
-crash leaves the old one as it was. What is read is checked against the config, tensor by tensor, before any of it is used.
+A checkpoint is written into a folder beside its place and renamed once it is complete and on disk,
+so that a full disk or a crash leaves the old one as it was. What is read is checked against the
+config, tensor by tensor, before any of it is used.
 """
 
 from __future__ import annotations
@@ -37,9 +40,9 @@ class CheckpointError(RuntimeError):
     """A checkpoint that cannot be written or read; the message is one sentence."""
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Packing
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 def pack_model(model: nn.Module, scales: dict[str, Tensor], groupsize: int) -> None:
@@ -58,7 +61,8 @@ def pack_model(model: nn.Module, scales: dict[str, Tensor], groupsize: int) -> N
         linear = model.get_submodule(name)
         if not isinstance(linear, nn.Linear):
             raise ValueError(
-                f"marlin.checkpoint.pack_model: {name} is a {type(linear).__name__}, not a linear layer"
+                f"marlin.checkpoint.pack_model: {name} is a {type(linear).__name__}, not a linear "
+                "layer"
             )
         layer = Layer(
             linear.in_features, linear.out_features, groupsize, bias=linear.bias is not None
@@ -68,16 +72,17 @@ def pack_model(model: nn.Module, scales: dict[str, Tensor], groupsize: int) -> N
         setattr(model.get_submodule(parent), child, layer)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Writing
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 def check_target(directory: str | os.PathLike[str]) -> pathlib.Path:
     """Makes sure that a checkpoint may take this place.
 
     Args:
-        directory: where a checkpoint is to be: nothing, an empty folder, or a model folder, which will be replaced.
+        directory: where a checkpoint is to be: nothing, an empty folder, or a model folder, which
+            will be replaced.
 
     Returns:
         Its absolute path.
@@ -92,7 +97,8 @@ def check_target(directory: str | os.PathLike[str]) -> pathlib.Path:
         )
     if target.is_dir() and any(target.iterdir()) and not (target / CONFIG).is_file():
         raise CheckpointError(
-            f"marlin.checkpoint.save: {directory} is not empty and not a model folder (no {CONFIG}), so it is not replaced"
+            f"marlin.checkpoint.save: {directory} is not empty and not a model folder (no "
+            f"{CONFIG}), so it is not replaced"
         )
     return target
 
@@ -106,8 +112,9 @@ def save(model: Any, tokenizer: Any, directory: str | os.PathLike[str]) -> None:
         directory: where; see check_target.
 
     Raises:
-        CheckpointError: the model has no Marlin layer, or layers of several group sizes; or writing failed, for instance
-            because the disk is full. What was in `directory` is then unchanged.
+        CheckpointError: the model has no Marlin layer, or layers of several group sizes; or writing
+            failed, for instance because the disk is full. What was in `directory` is then
+            unchanged.
 
     Example:
         >>> marlin.replace_linear(model.model.layers, groupsize=128)  # then pack each layer
@@ -129,7 +136,8 @@ def save(model: Any, tokenizer: Any, directory: str | os.PathLike[str]) -> None:
         if isinstance(error, CheckpointError) or not _is_write_error(error):
             raise
         raise CheckpointError(
-            f"marlin.checkpoint.save: writing {directory} failed ({_reason(error)}); what was there before is unchanged"
+            f"marlin.checkpoint.save: writing {directory} failed ({_reason(error)}); what was "
+            "there before is unchanged"
         ) from error
     finally:
         shutil.rmtree(aside, ignore_errors=True)
@@ -196,7 +204,8 @@ def _write(model: Any, tokenizer: Any, folder: pathlib.Path, quantization: dict[
 
 
 def _sync(folder: pathlib.Path) -> None:
-    """Waits until the files and the folder are on disk, and not only in the page cache, where a full disk can hide."""
+    """Waits until the files and the folder are on disk, and not only in the page cache, where a
+    full disk can hide."""
     for path in [*folder.rglob("*"), folder]:
         handle = os.open(path, os.O_RDONLY)
         try:
@@ -206,8 +215,8 @@ def _sync(folder: pathlib.Path) -> None:
 
 
 def _replace(aside: pathlib.Path, target: pathlib.Path) -> None:
-    """Puts a complete folder in its place. A folder cannot be renamed over another that is not empty, so the old one steps
-    aside first and comes back if the second rename fails."""
+    """Puts a complete folder in its place. A folder cannot be renamed over another that is not
+    empty, so the old one steps aside first and comes back if the second rename fails."""
     retired = None
     if target.exists():
         retired = aside.with_suffix(".old")
@@ -241,9 +250,9 @@ def _reason(error: BaseException) -> str:
     return next(iter(text.splitlines()), type(error).__name__)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Reading
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 def load(
@@ -256,15 +265,15 @@ def load(
     Args:
         directory: a folder that `save` wrote.
         device: where the model goes.
-        dtype: of activations and of the weights that are not compressed; None is FP16 on a GPU and float32 on a CPU, which
-            is what each computes fastest.
+        dtype: of activations and of the weights that are not compressed; None is FP16 on a GPU and
+            float32 on a CPU, which is what each computes fastest.
 
     Returns:
         The model, in evaluation mode.
 
     Raises:
-        CheckpointError: a file is missing, damaged, or disagrees with the config; names file, tensor, what is expected and
-            what was found.
+        CheckpointError: a file is missing, damaged, or disagrees with the config; names file,
+            tensor, what is expected and what was found.
 
     Example:
         >>> model = marlin.checkpoint.load("llama-marlin", device="cuda")
@@ -324,7 +333,8 @@ def read_config(folder: pathlib.Path) -> tuple[dict[str, Any], dict[str, Any]]:
     group_size = quantization.get("group_size")
     if type(group_size) is not int or (group_size != -1 and (group_size <= 0 or group_size % 16)):
         raise CheckpointError(
-            f"{prefix} {path} has group_size {group_size!r}, which is neither -1 nor a positive multiple of 16"
+            f"{prefix} {path} has group_size {group_size!r}, which is neither -1 nor a positive "
+            "multiple of 16"
         )
     if not isinstance(config.get("model_type"), str):
         raise CheckpointError(f"{prefix} {path} names no model_type")
@@ -350,16 +360,16 @@ def _build(config: dict[str, Any], folder: pathlib.Path, dtype: torch.dtype) -> 
     import transformers
 
     kind = config["model_type"]
+    auto: Any = transformers.AutoModelForCausalLM
     try:
         parsed = transformers.AutoConfig.for_model(**config)
         with torch.device("meta"):
-            return transformers.AutoModelForCausalLM.from_config(
-                parsed, dtype=dtype, attn_implementation="sdpa"
-            )
+            return auto.from_config(parsed, dtype=dtype, attn_implementation="sdpa")
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         reason = next(iter(str(error).splitlines()), type(error).__name__)
         raise CheckpointError(
-            f"marlin.checkpoint.load: {folder / CONFIG} does not describe a model (model_type {kind!r}): {reason}"
+            f"marlin.checkpoint.load: {folder / CONFIG} does not describe a model (model_type "
+            f"{kind!r}): {reason}"
         ) from error
 
 
@@ -374,7 +384,8 @@ def _place_layers(
         linear = modules.get(name)
         if not isinstance(linear, nn.Linear):
             raise CheckpointError(
-                f"marlin.checkpoint.load: {path} has {key}, but the model of {CONFIG} has no linear layer {name}"
+                f"marlin.checkpoint.load: {path} has {key}, but the model of {CONFIG} has no "
+                f"linear layer {name}"
             )
         with torch.device("meta"):
             layer = Layer(
@@ -490,12 +501,14 @@ def _all_tensors(model: nn.Module) -> list[tuple[str, Tensor]]:
 def _remake(
     module: nn.Module, name: str, stale: list[str], config: Any, device: torch.device
 ) -> None:
-    """Computes buffers that no checkpoint holds (rotary frequencies) as the module's own constructor does."""
-    if isinstance(module, Layer):
+    """Computes buffers that no checkpoint holds (rotary frequencies) as the module's own
+    constructor does."""
+    if isinstance(module, Layer):  # the scratch of the published class
         for child in stale:
-            module._buffers[child] = torch.zeros_like(module._buffers[child], device=device)
+            module._buffers[child] = torch.zeros_like(getattr(module, child), device=device)
         return
+    constructor: Any = type(module)
     with contextlib.suppress(TypeError):
-        fresh = type(module)(config=config)
+        fresh = constructor(config=config)
         for child in stale:
-            module._buffers[child] = fresh._buffers[child].to(device)
+            module._buffers[child] = getattr(fresh, child).to(device)

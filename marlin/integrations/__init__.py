@@ -1,1 +1,2 @@
-"""Marlin inside other projects. Each module imports its own host; nothing here is imported by the package itself."""
+"""Marlin inside other projects. Each module imports its own host; nothing here is imported by the
+package itself."""

@@ -26,7 +26,8 @@ class MarlinLM(HFLM):
         pretrained: folder of the checkpoint.
         tokenizer: folder or hub name of another tokenizer than the checkpoint's.
         device: "cpu", "cuda", "cuda:1"; a GPU that is not there becomes the CPU, as in the harness.
-        dtype: of the activations: "float16", "bfloat16", "float32"; "auto" is what checkpoint.load takes for the device.
+        dtype: of the activations: "float16", "bfloat16", "float32"; "auto" is what checkpoint.load
+            takes for the device.
         kwargs: as of HFLM, e.g. batch_size, max_length, add_bos_token.
 
     Raises:
