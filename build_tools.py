@@ -1,7 +1,7 @@
-"""What setup.py has to decide before it compiles anything: which backends, for which GPUs, with which flags.
+"""What setup.py decides before it compiles: which backends, for which GPUs, with which flags.
 
-Depends on the standard library alone, and compiles nothing, so that tests call it with made-up environments
-(tests/test_package.py). Called by setup.py.
+Depends on the standard library alone, and compiles nothing, so that tests call it with made-up
+environments (tests/test_package.py). Called by setup.py.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ def check_torch(torch: Torch) -> None:
 
 
 def find_nvcc(env: Mapping[str, str]) -> str | None:
-    """Return the path of nvcc: under CUDA_HOME or CUDA_PATH, else on PATH, else in /usr/local/cuda."""
+    """Return the path of nvcc, looked for in CUDA_HOME, CUDA_PATH, PATH and /usr/local/cuda."""
     for home in (env.get("CUDA_HOME"), env.get("CUDA_PATH")):
         if home and (Path(home) / "bin" / "nvcc").exists():
             return str(Path(home) / "bin" / "nvcc")
@@ -97,7 +97,7 @@ def choose(
     """Decide whether to build the CUDA kernels, and for which GPUs.
 
     Args:
-        env: the environment; MARLIN_BUILD_CUDA is 0, 1 or auto, TORCH_CUDA_ARCH_LIST as torch reads it.
+        env: the environment: MARLIN_BUILD_CUDA 0, 1 or auto; TORCH_CUDA_ARCH_LIST as for torch.
         torch: the torch that the extension is built against.
         nvcc: path of nvcc, or None.
         nvcc_version: its release, or None.
@@ -125,7 +125,8 @@ def choose(
     assert nvcc_version is not None and torch.cuda is not None
     if nvcc_version.split(".")[0] != torch.cuda.split(".")[0]:
         raise BuildError(
-            f"marlin: {nvcc} is CUDA {nvcc_version} but torch {torch.version} is for CUDA {torch.cuda}: "
+            f"marlin: {nvcc} is CUDA {nvcc_version} but torch {torch.version} "
+            f"is for CUDA {torch.cuda}: "
             "the major versions must agree (or set MARLIN_BUILD_CUDA=0 for the CPU backend)"
         )
     archs = parse_archs(env.get("TORCH_CUDA_ARCH_LIST") or DEFAULT_ARCHS)
@@ -138,7 +139,8 @@ NAMED_ARCHS = {"ampere": "8.0;8.6", "ada": "8.9", "hopper": "9.0", "blackwell": 
 def parse_archs(text: str) -> tuple[str, ...]:
     """Return the architectures of a TORCH_CUDA_ARCH_LIST, each as '8.0', '9.0a' or '9.0+PTX'.
 
-    Those below 8.0 are left out, since the kernels cannot run there; PTX of the newest is added if none is asked for.
+    Those below 8.0 are left out, since the kernels cannot run there; PTX of the newest is added if
+    none is asked for.
 
     Raises:
         BuildError: an entry that is no architecture, or none that the kernels run on.
@@ -152,13 +154,15 @@ def parse_archs(text: str) -> tuple[str, ...]:
         match = re.fullmatch(r"(\d+)\.(\d)([af]?)(\+PTX)?", entry, re.IGNORECASE)
         if not match:
             raise BuildError(
-                f"marlin: TORCH_CUDA_ARCH_LIST holds {entry!r} but should hold architectures as 8.0 or 9.0+PTX"
+                f"marlin: TORCH_CUDA_ARCH_LIST holds {entry!r} "
+                "but should hold architectures as 8.0 or 9.0+PTX"
             )
         if int(match[1]) >= 8 and entry not in archs:
             archs.append(entry)
     if not archs:
         raise BuildError(
-            f"marlin: TORCH_CUDA_ARCH_LIST is {text!r} but should hold 8.0 or newer, which the kernels need"
+            f"marlin: TORCH_CUDA_ARCH_LIST is {text!r} "
+            "but should hold 8.0 or newer, which the kernels need"
         )
     archs.sort(key=lambda arch: [int(x) for x in re.findall(r"\d+", arch)])
     if not any("+" in arch for arch in archs) and archs[-1][-1].isdigit():
@@ -167,7 +171,7 @@ def parse_archs(text: str) -> tuple[str, ...]:
 
 
 def gencode(archs: tuple[str, ...]) -> list[str]:
-    """Return nvcc's -gencode flags: machine code for each architecture, and PTX where it is asked for."""
+    """Return nvcc's -gencode flags: machine code for each, and PTX where it is asked for."""
     flags = []
     for arch in archs:
         number = arch.upper().removesuffix("+PTX").replace(".", "").lower()
@@ -178,7 +182,7 @@ def gencode(archs: tuple[str, ...]) -> list[str]:
 
 
 def kernel_archs(kernel: str, archs: tuple[str, ...]) -> tuple[str, ...]:
-    """Return what a kernel file is compiled for; empty if none of the asked architectures is its own."""
+    """Return what a kernel file is compiled for; empty if none of archs is its own."""
     own = KERNELS.get(kernel)
     if own is None:
         return tuple(arch for arch in archs if arch.replace("+PTX", "")[-1].isdigit()) or archs
@@ -203,7 +207,7 @@ def check_compiler(cxx: str, standard: str) -> None:
 
 
 def check_gcc_version(cxx: str, macros: list[str], standard: str) -> None:
-    """Raise BuildError if macros, the values of __GNUC__ and __clang__, tell of a GCC too old for the standard."""
+    """Raise BuildError if the values of __GNUC__ and __clang__ tell of a GCC that is too old."""
     needed = 11 if standard == "c++20" else 9
     if (
         len(macros) == 2
@@ -212,12 +216,13 @@ def check_gcc_version(cxx: str, macros: list[str], standard: str) -> None:
         and int(macros[0]) < needed
     ):
         raise BuildError(
-            f"marlin: the C++ compiler {cxx} is GCC {macros[0]} but should be {needed} or newer for {standard}"
+            f"marlin: the C++ compiler {cxx} is GCC {macros[0]} "
+            f"but should be {needed} or newer for {standard}"
         )
 
 
 def stale(output: Path, inputs: list[Path], command: list[str]) -> bool:
-    """Return whether output must be made again: missing, older than an input, or made by another command."""
+    """Return whether output is missing, older than an input, or made by another command."""
     stamp = output.with_name(output.name + ".cmd")
     if not output.exists() or not stamp.exists() or stamp.read_text() != "\n".join(command):
         return True

@@ -1,6 +1,7 @@
-"""Builds the extension module marlin._C; build_tools.py decides what goes in, pyproject.toml says the rest.
+"""Builds the extension module marlin._C; build_tools.py decides what goes in, pyproject.toml says
+the rest.
 
-MARLIN_BUILD_CUDA=0|1|auto   CUDA kernels: never, always (or fail), or when nvcc and a CUDA torch are there
+MARLIN_BUILD_CUDA=0|1|auto   CUDA kernels: never, always, or if nvcc and a CUDA torch are there
 TORCH_CUDA_ARCH_LIST         the GPUs to build for, as torch reads it
 MAX_JOBS                     compilers at a time; default: the number of CPUs
 """
@@ -53,7 +54,8 @@ class BuildExtension(build_ext):
         tools.check_compiler(cxx, found.cxx_standard)
         print(plan.note, file=sys.stderr, flush=True)
 
-        build_dir = Path(self.build_temp) / ("cuda" if plan.with_cuda else "cpu")
+        # The objects of one torch are not those of another.
+        build_dir = Path(self.build_temp) / f"{'cuda' if plan.with_cuda else 'cpu'}-{found.version}"
         build_dir.mkdir(parents=True, exist_ok=True)
         output = Path(self.get_ext_fullpath(ext.name))
         output.parent.mkdir(parents=True, exist_ok=True)
@@ -88,7 +90,8 @@ class BuildExtension(build_ext):
             libraries += [f"-L{path}" for path in library_dirs]
             libraries += ["-lc10_cuda", "-ltorch_cuda", "-lcudart"]
             for kernel in tools.KERNELS:
-                # --threads 0: one compiler for each architecture, as many at a time as there are CPUs.
+                # --threads 0: one compiler for each architecture, as many at a time as there are
+                # CPUs.
                 flags = [
                     "-std=c++17",
                     "-O3",
@@ -101,7 +104,8 @@ class BuildExtension(build_ext):
                 if archs:
                     compile_job(kernel, [nvcc, *flags, *archs])
         else:
-            # Without nvcc a kernel file still holds its choice of configurations, which needs no GPU.
+            # Without nvcc a kernel file still holds its choice of configurations, which needs no
+            # GPU.
             for kernel in tools.KERNELS:
                 compile_job(kernel, [cxx, "-x", "c++", "-std=c++17", *common])
         compile_job(
@@ -116,7 +120,8 @@ class BuildExtension(build_ext):
         shutil.copy2(library, output)
 
     def copy_extensions_to_source(self) -> None:
-        """Put the module into the source tree (--inplace) by renaming: who runs the old one keeps it whole."""
+        """Put the module into the source tree (--inplace) by renaming: who runs the old one keeps
+        it whole."""
         for ext in self.extensions:
             built = Path(self.get_ext_fullpath(ext.name))
             in_source = Path(self.get_ext_filename(ext.name))

@@ -530,7 +530,8 @@ TORCH_LIBRARY(marlin, m) {
       "int max_par=16) -> ()",
       {at::Tag::pt2_compliant_tag});
   m.def(
-      "linear(Tensor x, Tensor B, Tensor s, Tensor? bias=None, int? in_features=None, int? out_features=None) -> Tensor",
+      "linear(Tensor x, Tensor B, Tensor s, Tensor? bias=None, int? in_features=None, int? out_features=None) -> "
+      "Tensor",
       {at::Tag::pt2_compliant_tag});
 }
 
@@ -568,9 +569,8 @@ PYBIND11_MODULE(_C, m) {
   m.def(
       "linear",
       [](const Tensor& x, const Tensor& B, const Tensor& s, const std::optional<Tensor>& bias,
-         std::optional<int64_t> in_features, std::optional<int64_t> out_features) {
-        return linear_op().call(x, B, s, bias, in_features, out_features);
-      },
+         std::optional<int64_t> in_features,
+         std::optional<int64_t> out_features) { return linear_op().call(x, B, s, bias, in_features, out_features); },
       py::call_guard<py::gil_scoped_release>());
   m.def("layout_tables", &layout_tables, py::arg("K"), py::arg("N"));
   m.def("choose_config_sm80", &choose_config, py::arg("M"), py::arg("N"), py::arg("K"), py::arg("group"),

@@ -31,18 +31,20 @@ def _round_up(size: int, multiple: int) -> int:
 class Layer(nn.Module):
     """``y = x @ W.t() + bias`` with W in 4 bits.
 
-    The buffers are those of the published Marlin: ``B`` (K / 16, 2 N) int32 and ``s`` (K / group, N) float16, here with
-    an optional ``bias`` (n) float16. K and N are infeatures and outfeatures rounded up to what the format can hold:
-    K to a multiple of the group (of 16 for one group), N to a multiple of 64. What is added weighs nothing.
+    The buffers are those of the published Marlin: ``B`` (K / 16, 2 N) int32 and ``s`` (K / group,
+    N) float16, here with an optional ``bias`` (n) float16. K and N are infeatures and outfeatures
+    rounded up to what the format can hold: K to a multiple of the group (of 16 for one group), N to
+    a multiple of 64. What is added weighs nothing.
 
-    The attributes ``k``, ``n`` and ``groupsize`` are the sizes without padding; ``groupsize`` is k for a single group.
-    A new layer holds zeros. It runs on a CPU in float16, bfloat16 and float32, on a GPU in float16; ``s`` stays float16
-    whatever dtype the module is cast to.
+    The attributes ``k``, ``n`` and ``groupsize`` are the sizes without padding; ``groupsize`` is k
+    for a single group. A new layer holds zeros. It runs on a CPU in float16, bfloat16 and float32,
+    on a GPU in float16; ``s`` stays float16 whatever dtype the module is cast to.
 
     Args:
         infeatures: k, at least 1.
         outfeatures: n, at least 1.
-        groupsize: input features that share a scale: -1 for all, or a multiple of 16 (a GPU takes 32, 64, 128).
+        groupsize: input features that share a scale: -1 for all, or a multiple of 16 (a GPU takes
+            32, 64, 128).
         bias: whether to add a bias.
         device: of the buffers.
 
@@ -111,15 +113,16 @@ class Layer(nn.Module):
     def pack(self, linear: nn.Linear, scales: Tensor) -> None:
         """Quantise a weight with given scales, ``q = round(w / s) + 8`` within 0..15, and store it.
 
-        Goes by ``k``, ``n`` and ``groupsize`` as they are now; the buffers keep their device. The bias is taken over if
-        this layer has one, else left alone.
+        Goes by ``k``, ``n`` and ``groupsize`` as they are now; the buffers keep their device. The
+        bias is taken over if this layer has one, else left alone.
 
         Args:
             linear: its weight is (n, k), any float dtype.
             scales: (n, groups), groups = k / groupsize rounded up; a scale of 0 stores zeros.
 
         Raises:
-            ValueError: a wrong shape, or NaN or Inf in the weight or scales; the layer is as before.
+            ValueError: a wrong shape, or NaN or Inf in the weight or scales; the layer is as
+                before.
 
         Example:
             >>> layer.pack(linear, quantize.scales_for(linear.weight, layer.groupsize))

@@ -1,8 +1,8 @@
 """The packed weight format in Python: the twin of csrc/layout.h, where it is drawn.
 
-Depends on torch alone; every function runs on any device. Called by layer.py and the checkpoint readers. The index maps
-are the format; packing and unpacking are the same maps as views and transposes, which need no tables.
-tests/test_layout.py compares all of it with layout.h.
+Depends on torch alone; every function runs on any device. Called by layer.py and the checkpoint
+readers. The index maps are the format; packing and unpacking are the same maps as views and
+transposes, which need no tables. tests/test_layout.py compares all of it with layout.h.
 """
 
 from __future__ import annotations
@@ -28,7 +28,8 @@ def nibble_index(K: int, N: int, device: torch.device | str | None = None) -> tu
         device: of the result.
 
     Returns:
-        word (K, N) int64, the index into B counted in int32; shift (K, N) int64, the bits below the value in it.
+        word (K, N) int64, the index into B counted in int32; shift (K, N) int64, the bits below the
+        value in it.
 
     Example:
         >>> word, shift = nibble_index(16, 64)
@@ -46,14 +47,16 @@ def nibble_index(K: int, N: int, device: torch.device | str | None = None) -> tu
 
 
 def scale_index(N: int, device: torch.device | str | None = None) -> Tensor:
-    """Return the position (N,) int64 of each column in a row of grouped scales; N a multiple of 64."""
+    """Return the position (N,) int64 of each column in a row of grouped scales; N a multiple of
+    64."""
     n = torch.arange(N, device=device)
     c = n % 64
     return n - c + 8 * (c % 8) + c // 8
 
 
 def scale_index_channelwise(N: int, device: torch.device | str | None = None) -> Tensor:
-    """Return the position (N,) int64 of each column in the row of a single group; N a multiple of 32."""
+    """Return the position (N,) int64 of each column in the row of a single group; N a multiple of
+    32."""
     n = torch.arange(N, device=device)
     c = n % 32
     return n - c + 8 * (c % 8 // 2) + 2 * (c // 8) + c % 2
@@ -87,8 +90,9 @@ def pack_weights(q: Tensor) -> Tensor:
         rows = q[TILE_K * row : TILE_K * (row + _CHUNK_ROWS)]
         if int(rows.min()) < 0 or int(rows.max()) > 15:
             raise ValueError("marlin.pack_weights: q has a value outside 0..15")
-        # Adjacent in memory until the last step: elements are cheap to combine and dear to transpose, and a word is a
-        # quarter as many elements as the bytes in it. See nibble_index for the names.
+        # Adjacent in memory until the last step: elements are cheap to combine and dear to
+        # transpose, and a word is a quarter as many elements as the bytes in it. See nibble_index
+        # for the names.
         k_far = rows.to(torch.uint8).contiguous().view(-1, 2, 4, 2, N)  # (k16 rows, far, t, odd, n)
         low = (k_far[:, 0] | (k_far[:, 1] << 4)).view(
             -1, 4, 2, N // 16, 2, 8
@@ -141,7 +145,8 @@ def unpack_weights(B: Tensor) -> Tensor:
 
 
 def permute_scales(s: Tensor) -> Tensor:
-    """Return scales in the order of the packed format; one group is permuted in another way than several.
+    """Return scales in the order of the packed format; one group is permuted in another way than
+    several.
 
     Args:
         s: (groups, N), any dtype, N a multiple of 64.
@@ -162,7 +167,8 @@ def permute_scales(s: Tensor) -> Tensor:
 
 
 def unpermute_scales(s: Tensor) -> Tensor:
-    """Return scales of the packed format in the order of the columns: the inverse of permute_scales.
+    """Return scales of the packed format in the order of the columns: the inverse of
+    permute_scales.
 
     Args:
         s: (groups, N), any dtype, N a multiple of 64.

@@ -1,6 +1,7 @@
 """The two products, marlin.mul and marlin.linear, and what torch.compile has to know of them.
 
-Depends on marlin._C (csrc/bindings.cpp), which registers and checks the operators. Called by users and by layer.py.
+Depends on marlin._C (csrc/bindings.cpp), which registers and checks the operators.
+Called by users and by layer.py.
 """
 
 from __future__ import annotations

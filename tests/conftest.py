@@ -1,4 +1,5 @@
-"""Fixtures and markers that all tests share; reference.py makes the problems and what they should give."""
+"""Fixtures and markers that all tests share; reference.py makes the problems and what they should
+give."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""Problems for the tests and their float64 results, made without the code under test but for packing.
+"""Problems for the tests and their float64 results, made without the code under test but for
+packing.
 
 Depends on marlin.layout, which test_layout.py checks against csrc/layout.h.
 """
@@ -12,8 +13,9 @@ from torch import Tensor
 
 from marlin import layout
 
-# DESIGN: rounding the output to float16 alone is 2.8e-4 norm-wise, rounding the weights up to 2e-4 more; bfloat16 has
-# three bits less. float32: a dot product of a few thousand terms, each exact to 2^-24.
+# DESIGN: rounding the output to float16 alone is 2.8e-4 norm-wise, rounding the weights up to 2e-4
+# more; bfloat16 has three bits less. float32: a dot product of a few thousand terms, each exact to
+# 2^-24.
 TOLERANCE = {torch.float16: 5e-4, torch.bfloat16: 4e-3, torch.float32: 2e-6}
 
 
@@ -38,11 +40,13 @@ def make_problem(
     device: str = "cpu",
     integer: bool = False,
 ) -> Problem:
-    """Return a problem; integer ones have scales of 1 and results below 2048, which float16 holds exactly."""
+    """Return a problem; integer ones have scales of 1 and results below 2048, which float16 holds
+    exactly."""
     group = K if group == -1 else group
     groups = K // group
     if integer:
-        # |A W| <= 8 K would be too much: only 128 entries of a row are not 0, so |C| <= 128 * 2 * 7 < 2048.
+        # |A W| <= 8 K would be too much: only 128 entries of a row are not 0, so |C| <= 128 * 2 * 7
+        # < 2048.
         q = torch.randint(1, 16, (K, N), dtype=torch.uint8)
         scales = torch.ones(groups, N, dtype=torch.float16)
         A = torch.randint(-2, 3, (M, K)) * (torch.rand(M, K).argsort(dim=1) < 128)

@@ -1,4 +1,5 @@
-"""choose_config_sm80: a pure function, so that every device's choice is checked on a machine without a GPU."""
+"""choose_config_sm80: a pure function, so that every device's choice is checked on a machine
+without a GPU."""
 
 import pytest
 from hypothesis import given, settings
@@ -6,7 +7,8 @@ from hypothesis import strategies as st
 
 from marlin import _C
 
-# capability, SMs, shared memory that one CTA may use: 227, 163 and 99 KB (CUDA C++ Programming Guide, table of capabilities)
+# capability, SMs, shared memory that one CTA may use: 227, 163 and 99 KB (CUDA C++ Programming
+# Guide, table of capabilities)
 DEVICES = {
     "A100": (80, 108, 166912),
     "A10": (86, 72, 101376),

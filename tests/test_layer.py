@@ -1,4 +1,5 @@
-"""marlin.Layer and replace_linear: packing, padding, state dicts, and a caller written for the published Marlin."""
+"""marlin.Layer and replace_linear: packing, padding, state dicts, and a caller written for the
+published Marlin."""
 
 import copy
 
@@ -16,7 +17,8 @@ from marlin import layout
 def quantised_linear(n, k, groupsize, bias=False, device="cpu"):
     """Return a float16 linear whose weight 4 bits hold exactly, and its scales (n, groups).
 
-    The scales are powers of two, so that float16 holds their products with -8..7: the layer's only error is rounding.
+    The scales are powers of two, so that float16 holds their products with -8..7: the layer's only
+    error is rounding.
     """
     group = k if groupsize == -1 else groupsize
     groups = -(-k // group)
@@ -66,7 +68,8 @@ def test_unpack_gives_back_what_was_packed_for_any_size(k, n, groupsize):
     assert torch.equal(layer.unpack(), linear.weight)
     x = torch.randn(2, k)
     W = linear.weight.detach().double().t()
-    # float32: each of up to 400 additions rounds by 2^-24 of the partial sum at most, which is below |x| |W|
+    # float32: each of up to 400 additions rounds by 2^-24 of the partial sum at most, which is
+    # below |x| |W|
     assert bool(
         ((layer(x) - x.double() @ W).abs() <= 400 * 2**-24 * (x.double().abs() @ W.abs())).all()
     )

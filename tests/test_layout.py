@@ -30,7 +30,8 @@ def test_every_nibble_of_B_has_one_owner(K, N):
 
 
 def test_a_word_holds_the_drawn_block():
-    # lane 4g + t, word j, of k16 row 1 and chunk 1: the eight elements, least significant nibble first
+    # lane 4g + t, word j, of k16 row 1 and chunk 1: the eight elements, least significant nibble
+    # first
     K, N, g, t, j = 32, 128, 5, 2, 3
     q = torch.randint(0, 16, (K, N), dtype=torch.uint8)
     w = int(layout.pack_weights(q)[1, 128 + 4 * (4 * g + t) + j]) & 0xFFFFFFFF
@@ -87,8 +88,9 @@ def test_packing_on_a_gpu_gives_the_same_bytes():
 
 
 def test_packing_a_large_layer_takes_seconds():
-    # The goal is (8192, 28672) in 10 s on 2 cores; an eighth of it in an eighth of the processor time. Processor time,
-    # since other programs share the machine; the best of three, since they also slow its memory.
+    # The goal is (8192, 28672) in 10 s on 2 cores; an eighth of it in an eighth of the processor
+    # time. Processor time, since other programs share the machine; the best of three, since they
+    # also slow its memory.
     q = torch.randint(0, 16, (8192, 3584), dtype=torch.uint8)
     seconds = []
     for _ in range(3):

@@ -1,4 +1,5 @@
-"""marlin.linear on every device: any leading dimensions, dtypes, bias, padded layers, and what it refuses."""
+"""marlin.linear on every device: any leading dimensions, dtypes, bias, padded layers, and what it
+refuses."""
 
 import pytest
 import torch
@@ -48,7 +49,8 @@ def test_missing_columns_count_as_zeros(device, k, n, M):
     y = marlin.linear(x, problem.B, problem.s, bias, k, n)
     expected = x.double() @ problem.W[:k, :n] + bias.double()
     assert y.shape == (M, n)
-    # One weight row alone can make results near zero, where half a unit of float16 in each of n values is all there is.
+    # One weight row alone can make results near zero, where half a unit of float16 in each of n
+    # values is all there is.
     assert error(y, expected) < TOLERANCE[torch.float16]
 
 
@@ -85,7 +87,8 @@ def test_torch_ops_give_the_same(device):
     assert torch.equal(direct, marlin.linear(problem.A, problem.B, problem.s))
 
 
-# What is done to the arguments of a good call with x (2, 3, 256), N=128, group 64, bias, and the sentence that follows.
+# What is done to the arguments of a good call with x (2, 3, 256), N=128, group 64, bias, and the
+# sentence that follows.
 WRONG = {
     "x dtype": (lambda a: a.update(x=a["x"].double()), "x is float64 but should be float16"),
     "x scalar": (lambda a: a.update(x=a["x"][0, 0, 0]), "x has no dimensions"),

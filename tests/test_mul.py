@@ -1,4 +1,5 @@
-"""marlin.mul on every device: right, exact where it can be, and refusing what is wrong before it writes."""
+"""marlin.mul on every device: right, exact where it can be, and refusing what is wrong before it
+writes."""
 
 import itertools
 import os
@@ -68,7 +69,8 @@ def test_a_row_with_nan_or_inf_spoils_no_other(device, value):
     C = product(problem)
     others = [row for row in range(17) if row != 5]
     assert torch.equal(C[others], clean[others])
-    # 0 * Inf is NaN, so where the weight is 0 the result is NaN; elsewhere the value itself, signed.
+    # 0 * Inf is NaN, so where the weight is 0 the result is NaN; elsewhere the value itself,
+    # signed.
     expected = problem.A[5].double() @ problem.W
     assert torch.equal(torch.isnan(C[5]), torch.isnan(expected))
     infinite = torch.isinf(expected)
@@ -176,7 +178,8 @@ def misaligned(t):
     return flat[1:].view(t.shape).copy_(t)
 
 
-# What is done to the arguments of a good call with M=4, K=256, N=128, group 64, and the sentence that follows.
+# What is done to the arguments of a good call with M=4, K=256, N=128, group 64, and the sentence
+# that follows.
 WRONG = {
     "A dtype": (lambda a: a.update(A=a["A"].double()), "A is float64 but should be float16"),
     "A integer": (lambda a: a.update(A=a["A"].int()), "A is int32 but should be float16"),

@@ -1,4 +1,5 @@
-"""The operators as torch's tools see them: opcheck, fake tensors, torch.compile, torch.export, and what a call costs."""
+"""The operators as torch's tools see them: opcheck, fake tensors, torch.compile, torch.export, and
+what a call costs."""
 
 import time
 
@@ -139,8 +140,9 @@ def test_gradients_by_functional_transforms_are_refused():
 
 
 def test_a_call_costs_little_more_than_torch_matmul():
-    # Host time: products of no rows, so that only the call is timed. The goal is 1.5x; the test allows 2x, for other
-    # programs share the machine, and takes the best of many short rounds for the same reason.
+    # Host time: products of no rows, so that only the call is timed. The goal is 1.5x; the test
+    # allows 2x, for other programs share the machine, and takes the best of many short rounds for
+    # the same reason.
     problem = make_problem(0, 128, 64)
     C = torch.empty(0, 64, dtype=torch.half)
     W = problem.W.half()
