@@ -145,6 +145,7 @@ class BuildExtension(build_ext):
 
 
 setup(
+    license="Apache-2.0",
     ext_modules=[Extension("marlin._C", sources=[], depends=["csrc/marlin.h", "csrc/layout.h"])],
     cmdclass={"build_ext": BuildExtension},
 )

@@ -15,6 +15,7 @@ except ImportError as error:
         "or, to run from the source tree, python setup.py build_ext --inplace"
     ) from error
 
+from . import checkpoint, quantize
 from .layer import Layer, replace_linear
 from .layout import pack_weights, permute_scales, unpack_weights, unpermute_scales
 from .ops import linear, mul
@@ -25,10 +26,12 @@ __all__ = [
     "Layer",
     "_C",
     "__version__",
+    "checkpoint",
     "linear",
     "mul",
     "pack_weights",
     "permute_scales",
+    "quantize",
     "replace_linear",
     "unpack_weights",
     "unpermute_scales",

@@ -1,4 +1,4 @@
-"""The build's decisions with made-up environments, what the package ships, and its first failures."""
+"""What the build decides with made-up environments, what the package ships, how both fail."""
 
 import os
 import re
