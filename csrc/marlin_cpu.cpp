@@ -46,19 +46,19 @@ constexpr int kBlockK = 128;      // rows of the weight between two visits to th
 constexpr int kMaxTokens = 256;   // of a task: a panel is unpacked once for that many
 constexpr int kMinTokens = 32;    // of a task, where tokens are cut finer because features are few
 constexpr int kEnoughTasks = 64;  // tokens are cut finer until there are so many
-constexpr int kPrefetchWords = 512;  // how far ahead of a panel B is fetched: 2 KB of its row
 constexpr int kSumsFloats = 131072;  // FP32 sums of a slice: 512 KB, half of a usual L2
 
 // One block of rows of one panel of features. Word w and half h below are where the panel begins: both B and s keep the
 // features of a panel adjacent, at 2 words and 1 half a feature.
 struct Panel {
-  const int32_t* B;    // (num_k16 rows b_stride apart, 2 words a feature)
-  int64_t b_stride;    // in int32
-  const uint16_t* s;   // fp16 in grouped order, of the group of the first row; the next group is s_stride on
-  int64_t s_stride;    // in fp16
-  int num_k16;         // k16 rows in the block
-  int group_k16_left;  // k16 rows until the group of the first row ends
-  int group_k16;       // k16 rows in a group
+  const int32_t* B;       // (num_k16 rows b_stride apart, 2 words a feature)
+  const int32_t* B_next;  // the same of the panel that comes next, to be fetched meanwhile
+  int64_t b_stride;       // in int32
+  const uint16_t* s;      // fp16 in grouped order, of the group of the first row; the next group is s_stride on
+  int64_t s_stride;       // in fp16
+  int num_k16;            // k16 rows in the block
+  int group_k16_left;     // k16 rows until the group of the first row ends
+  int group_k16;          // k16 rows in a group
 };
 
 struct Kernels {
@@ -228,7 +228,13 @@ MARLIN_AVX2 void store_row_avx2(const float* src, DType dtype, int64_t count, vo
   store_row_portable(src + i, dtype, count - i, halves + i);
 }
 
-// The words of thread t of two lane groups: 4 of each.
+// Begins to load the 128 bytes of a k16 row of a panel. One panel ahead was the best of 32 .. 1024 words: further ahead,
+// lines of the eight rows, which are a power of two apart, push each other out of L1.
+MARLIN_AVX2_INLINE void fetch_avx2(const int32_t* words) {
+  for (int line = 0; line < 2; ++line) _mm_prefetch(reinterpret_cast<const char*>(words + 16 * line), _MM_HINT_T0);
+}
+
+// The words of lanes with one t, of two lane groups: 4 of each.
 MARLIN_AVX2_INLINE __m256i words_avx2(const int32_t* words, int t) {
   const __m128i* quads = reinterpret_cast<const __m128i*>(words);
   return _mm256_inserti128_si256(_mm256_castsi128_si256(_mm_loadu_si128(quads + t)), _mm_loadu_si128(quads + 4 + t), 1);
@@ -267,7 +273,7 @@ MARLIN_AVX2 void unpack_avx2(const Panel& panel, float* W) {
       scales_avx2(s, scale);
     }
     const int32_t* words = panel.B + k16 * panel.b_stride;
-    _mm_prefetch(reinterpret_cast<const char*>(words + kPrefetchWords), _MM_HINT_T0);
+    fetch_avx2(panel.B_next + k16 * panel.b_stride);
     for (int t = 0; t < 4; ++t) {
       const __m256i w = words_avx2(words, t), w12 = _mm256_srli_epi32(w, 12);
 #pragma GCC unroll 8
@@ -325,7 +331,7 @@ MARLIN_AVX2 void direct_tile_avx2(const Panel& panel, const float* A, float* sum
     }
     for (; k16 < k16_end; ++k16) {
       const int32_t* words = panel.B + k16 * panel.b_stride;
-      _mm_prefetch(reinterpret_cast<const char*>(words + kPrefetchWords), _MM_HINT_T0);
+      fetch_avx2(panel.B_next + k16 * panel.b_stride);
 #pragma GCC unroll 4
       for (int t = 0; t < 4; ++t) {
         const __m256i w = words_avx2(words, t), w12 = _mm256_srli_epi32(w, 12);
@@ -378,6 +384,11 @@ constexpr Kernels kAvx2 = {2 * kLanesAvx2, 6,          4, 12, load_row_avx2, sto
 // Of 32 features: 2 vectors.
 constexpr int kLanesAvx512 = 16;
 
+// Begins to load the 256 bytes of a k16 row of a panel.
+MARLIN_AVX512_INLINE void fetch_avx512(const int32_t* words) {
+  for (int line = 0; line < 4; ++line) _mm_prefetch(reinterpret_cast<const char*>(words + 16 * line), _MM_HINT_T0);
+}
+
 // The words of four lane groups, each with one t: 4x4 transpose of 128-bit quarters.
 MARLIN_AVX512_INLINE void words_avx512(const int32_t* words, __m512i by_t[4]) {
   const __m512i g0 = _mm512_loadu_si512(words), g1 = _mm512_loadu_si512(words + 16);
@@ -412,9 +423,7 @@ MARLIN_AVX512 void unpack_avx512(const Panel& panel, float* W) {
     }
     __m512i by_t[4];
     const int32_t* words = panel.B + k16 * panel.b_stride;
-    for (int line = 0; line < 4; ++line) {
-      _mm_prefetch(reinterpret_cast<const char*>(words + kPrefetchWords + 16 * line), _MM_HINT_T0);
-    }
+    fetch_avx512(panel.B_next + k16 * panel.b_stride);
     words_avx512(words, by_t);
 #pragma GCC unroll 4
     for (int t = 0; t < 4; ++t) {
@@ -462,9 +471,7 @@ MARLIN_AVX512 void direct_tile_avx512(const Panel& panel, const float* A, float*
     }
     for (; k16 < k16_end; ++k16) {
       const int32_t* words = panel.B + k16 * panel.b_stride;
-      for (int line = 0; line < 4; ++line) {
-        _mm_prefetch(reinterpret_cast<const char*>(words + kPrefetchWords + 16 * line), _MM_HINT_T0);
-      }
+      fetch_avx512(panel.B_next + k16 * panel.b_stride);
       __m512i by_t[4];
       words_avx512(words, by_t);
 #pragma GCC unroll 4
@@ -611,7 +618,9 @@ void run_slice(const Problem& p, const Kernels& kernels, int64_t m_begin, int64_
       std::fill(row + num_k_A, row + num_k, 0.0f);
     }
     Panel panel;
-    panel.B = static_cast<const int32_t*>(p.B) + k / TILE_K * 2 * p.N + 2 * n_begin;
+    const int32_t* block_B = static_cast<const int32_t*>(p.B) + k / TILE_K * 2 * p.N + 2 * n_begin;
+    const int32_t* next_block_B = k + kBlockK < K_used ? block_B + kBlockK / TILE_K * 2 * p.N : block_B;
+    panel.B = block_B;
     panel.b_stride = 2 * p.N;
     panel.s = s + k / p.group * p.N;
     panel.s_stride = p.N;
@@ -619,6 +628,8 @@ void run_slice(const Problem& p, const Kernels& kernels, int64_t m_begin, int64_
     panel.group_k16 = static_cast<int>(p.group / TILE_K);
     panel.group_k16_left = static_cast<int>((p.group - k % p.group) / TILE_K);
     for (int64_t n = 0; n < features; n += kernels.features) {
+      // What comes after the last panel is the next block of the first one.
+      panel.B_next = n + kernels.features < features ? panel.B + 2 * kernels.features : next_block_B;
       if (!direct) kernels.unpack(panel, scratch.W);
       const float* A = scratch.A;
       float* sums = scratch.sums + n * tokens;
