@@ -91,12 +91,11 @@ def _load_corpus(source: str, part: str) -> list[str]:
                 revision="refs/convert/parquet",
                 split="train",
             )
-        count = min(MAX_DOCUMENTS[part], len(rows))
-        if (
-            source == "c4" or calibrate
-        ):  # of redpajama, which has one split, the end is for evaluation
-            return list(rows[:count]["text"])
-        return list(rows[len(rows) - count : len(rows)]["text"])
+        begin, end = 0, len(rows)
+        if source == "redpajama":  # it has one split: the last tenth is for evaluation
+            cut = int(len(rows) * (1 - EVALUATION_FRACTION))
+            begin, end = (0, cut) if calibrate else (cut, len(rows))
+        return list(rows[begin : min(end, begin + MAX_DOCUMENTS[part])]["text"])
     except (OSError, ValueError, RuntimeError, KeyError) as error:
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise DataError(

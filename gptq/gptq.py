@@ -46,7 +46,7 @@ class Options:
     act_order: bool = True
     static_groups: bool = False
     rule: str = "search"
-    passes: int = 2
+    passes: int = 1
     blocksize: int = 128
 
 

@@ -10,6 +10,8 @@ and the same grid.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor
 
@@ -57,7 +59,7 @@ def _grouped(x: Tensor, groupsize: int) -> Tensor:
     n, k = x.shape
     group = k if groupsize == -1 else groupsize
     missing = num_groups(k, groupsize) * group - k
-    return torch.nn.functional.pad(x, (0, missing)).view(n, -1, group)
+    return torch.nn.functional.pad(x, (0, missing)).view(n, num_groups(k, groupsize), group)
 
 
 def _spread(scales: Tensor, k: int, groupsize: int) -> Tensor:
@@ -92,9 +94,9 @@ def scales_for(
         w: weight (n, k), float.
         groupsize: input features that share a scale; -1 means all.
         rule: "max/8" (the largest weight may be clipped by one step if it is positive), "max/7"
-            (nothing is clipped), or "search": among 26 shrunken reaches the one with the least
-            squared error after rounding, then fitted to the rounded values by least squares where
-            that lowers the error.
+            (nothing is clipped), or "search": of these two and 26 shrunken reaches the one with
+            the least squared error after rounding, then fitted to the rounded values by least
+            squares where that lowers the error.
         importance: (k,) float, not negative: how much the squared error of each input feature
             counts in the search; for GPTQ the diagonal of the Hessian.
 
@@ -143,25 +145,25 @@ def _search(x: Tensor, h: Tensor) -> Tensor:
     def error(q: Tensor, s: Tensor) -> Tensor:
         return torch.einsum("ngi,gi->ng", (q * s).sub_(x).square_(), h)
 
+    def choose(candidates: Iterable[Tensor]) -> tuple[Tensor, Tensor]:
+        best, best_err = to_fp16_grid(reach), torch.full_like(reach, torch.inf)
+        for candidate in candidates:
+            s = to_fp16_grid(candidate.clamp(min=0))
+            err = error(rounded(s.float()[..., None]), s.float()[..., None])
+            better = (err < best_err) & (s > 0)
+            best, best_err = torch.where(better, s, best), torch.where(better, err, best_err)
+        return best, best_err
+
     # The reach is lopsided: the smallest scale that clips nothing is the larger of these two.
     reach = torch.maximum(x.amax(dim=2) / 7, -x.amin(dim=2) / 8).clamp(min=0)
-    best = to_fp16_grid(reach)
-    best_err = torch.full_like(reach, torch.inf)
-    for factor in SHRINK_FACTORS:
-        s = to_fp16_grid(reach * factor)
-        err = error(rounded(s.float()[..., None]), s.float()[..., None])
-        better = err < best_err
-        best, best_err = torch.where(better, s, best), torch.where(better, err, best_err)
-    for _ in range(2):
-        q = rounded(best.float()[..., None])
-        fit = torch.einsum("ngi,ngi,gi->ng", q, x, h) / torch.einsum("ngi,gi->ng", q * q, h).clamp(
-            min=1e-30
-        )
-        s = to_fp16_grid(fit.clamp(min=0))
-        err = error(rounded(s.float()[..., None]), s.float()[..., None])
-        better = (err < best_err) & (s > 0)
-        best, best_err = torch.where(better, s, best), torch.where(better, err, best_err)
-    return best
+    largest = x.abs().amax(dim=2)
+    best, best_err = choose([largest / 8, largest / 7, *(reach * f for f in SHRINK_FACTORS)])
+    q = rounded(torch.where(best > 0, best, torch.ones_like(best)).float()[..., None])
+    fit = torch.einsum("ngi,ngi,gi->ng", q, x, h) / torch.einsum("ngi,gi->ng", q * q, h).clamp(
+        min=1e-30
+    )
+    fitted, fitted_err = choose([fit])
+    return torch.where(fitted_err < best_err, fitted, best)
 
 
 def round_to_nearest(w: Tensor, scales: Tensor, groupsize: int = -1) -> Tensor:
