@@ -223,6 +223,17 @@ def test_version_is_the_same_everywhere():
     assert f"## {marlin.__version__}" in (ROOT / "CHANGELOG.md").read_text()
 
 
+def test_the_readmes_quick_start_runs():
+    (code,) = re.findall(r"```python\n(.+?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    names = {}
+    exec(code, names)
+    x, linear = names["x"], names["linear"]
+    dense = x.double() @ linear.weight.double().t()
+    # A uniform weight within +-m in steps of m / 8: errors of m / 8 / sqrt(12) on weights of
+    # m / sqrt(3), 6% norm-wise.
+    assert ((names["y"].double() - dense).norm() / dense.norm()).item() < 0.1
+
+
 def test_every_public_name_is_documented():
     for name in marlin.__all__:
         if not name.startswith("_"):
