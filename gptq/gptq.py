@@ -38,6 +38,7 @@ class Options:
             act_order, and not when a group is entered.
         rule: of quantize.RULES.
         passes: rounds of scale refit and coordinate descent afterwards.
+        correction: share of the error of the layers before that a layer makes up for, 0..1.
         blocksize: columns of a lazy batch.
     """
 
@@ -47,6 +48,7 @@ class Options:
     static_groups: bool = False
     rule: str = "search"
     passes: int = 1
+    correction: float = 0.5
     blocksize: int = 128
 
 
@@ -65,19 +67,24 @@ class Result:
 
 
 class Hessian:
-    """Gathers H = 2/T sum x x^T over calibration inputs of any lengths, one call a sample."""
+    """Gathers H = 2/T sum x x^T over calibration inputs x of any lengths, one call a sample; and
+    C = 2/T sum (x0 - x) x^T where the inputs x0 of the uncompressed model are given too."""
 
-    def __init__(self, k: int, device: torch.device | str = "cpu"):
+    def __init__(self, k: int, device: torch.device | str = "cpu", with_original: bool = False):
         self.H = torch.zeros(k, k, device=device)
+        self.C = torch.zeros(k, k, device=device) if with_original else None
         self.num_tokens = 0
 
-    def add(self, x: Tensor) -> None:
-        """Adds a sample: x (..., k), float of any precision."""
+    def add(self, x: Tensor, original: Tensor | None = None) -> None:
+        """Adds a sample: x and original (..., k), float of any precision."""
         x = x.reshape(-1, x.shape[-1]).float()
         if not len(x):
             return
         total = self.num_tokens + len(x)
         self.H.mul_(self.num_tokens / total).addmm_(x.t(), x, alpha=2.0 / total)
+        if self.C is not None and original is not None:
+            change = original.reshape(x.shape).float() - x
+            self.C.mul_(self.num_tokens / total).addmm_(change.t(), x, alpha=2.0 / total)
         self.num_tokens = total
 
 
@@ -121,7 +128,13 @@ def damped_inverse(H: Tensor, percdamp: float, name: str = "layer") -> tuple[Ten
     )
 
 
-def gptq(W: Tensor, H: Tensor, options: Options = DEFAULTS, name: str = "layer") -> Result:
+def gptq(
+    W: Tensor,
+    H: Tensor,
+    options: Options = DEFAULTS,
+    name: str = "layer",
+    C: Tensor | None = None,
+) -> Result:
     """Rounds a weight to 4 bits under the Hessian of its inputs.
 
     Args:
@@ -129,9 +142,11 @@ def gptq(W: Tensor, H: Tensor, options: Options = DEFAULTS, name: str = "layer")
         H: (k, k) float32 on the same device, as Hessian gathers it.
         options: see Options.
         name: of the layer, for messages.
+        C: (k, k) float32, as Hessian gathers it, for options.correction; None corrects nothing.
 
     Returns:
-        A Result; its scales are exactly what is stored, and q was rounded to them.
+        A Result; its scales are exactly what is stored, and q was rounded to them. Its loss is that
+        against the corrected weight.
 
     Raises:
         ValueError: H does not fit W or cannot be made positive definite.
@@ -151,6 +166,9 @@ def gptq(W: Tensor, H: Tensor, options: Options = DEFAULTS, name: str = "layer")
     if dead.any():
         log.info("%s: %d of %d inputs were never active", name, int(dead.sum()), k)
         H = H + torch.diag(dead.to(H.dtype) * H.diagonal().mean().clamp(min=1e-8))
+    if C is not None and options.correction > 0:
+        # 5%: what a sample says about the inputs' small directions is mostly noise.
+        W = quant.correct(W, H, C, options.correction, max(0.05, options.percdamp))
     group_of = torch.arange(k, device=W.device) // (
         k if options.groupsize == -1 else options.groupsize
     )

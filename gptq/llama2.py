@@ -19,7 +19,7 @@ import logging
 import math
 import pathlib
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 ROOT = str(pathlib.Path(__file__).resolve().parents[1])
@@ -35,8 +35,14 @@ from marlin import checkpoint, quantize  # noqa: E402
 
 log = logging.getLogger("gptq")
 
-# Model types whose decoder layers are built as Stages says.
+# Model types whose decoder layers are built so: linear layers that share their inputs, in order.
 ARCHITECTURES = ("llama", "mistral", "qwen2")
+STAGES = (
+    ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+    ("self_attn.o_proj",),
+    ("mlp.gate_proj", "mlp.up_proj"),
+    ("mlp.down_proj",),
+)
 LOGITS_CHUNK = 512  # tokens whose logits are held at once: 512 x 128k words of float32 are 256 MB
 
 
@@ -279,7 +285,8 @@ def compress(
     """Compresses every linear layer of the decoder with GPTQ, in place.
 
     A decoder layer is walked through once, in four stages: q/k/v, o, gate/up, down. Each is rounded
-    under the Hessian of inputs that have passed everything before it already rounded.
+    under the Hessian of inputs that have passed everything before it already rounded. With
+    options.correction the uncompressed model's inputs walk along, which doubles the time.
 
     Args:
         model: on the CPU; its type is one of ARCHITECTURES.
@@ -300,16 +307,19 @@ def compress(
     scales: dict[str, Tensor] = {}
     reports: list[LayerReport] = []
 
-    def stage(prefix: str, modules: dict[str, nn.Linear], inputs: list[Tensor]) -> None:
-        """Rounds linear layers that share their inputs, and so their Hessian, as one tall
-        weight."""
+    correcting = options.correction > 0
+
+    def stage(
+        prefix: str, modules: dict[str, nn.Linear], inputs: list[Tensor], originals: list[Tensor]
+    ) -> None:
+        """Rounds linear layers that share their inputs, so their Hessian, as one tall weight."""
         first = next(iter(modules.values()))
-        hessian = gptq.Hessian(first.in_features, device)
-        for x in inputs:
-            hessian.add(x.to(device))
+        hessian = gptq.Hessian(first.in_features, device, correcting)
+        for n, x in enumerate(inputs):
+            hessian.add(x.to(device), originals[n].to(device) if correcting else None)
         W = torch.cat([module.weight.data for module in modules.values()]).float()
         names = "/".join(modules)
-        result = gptq.gptq(W, hessian.H, options, f"{prefix}.{names}")
+        result = gptq.gptq(W, hessian.H, options, f"{prefix}.{names}", hessian.C)
         Q = quantize.dequantize(result.q, result.scales, options.groupsize)
         signal = ((W @ hessian.H) * W).sum(dim=1)
         begin = 0
@@ -323,40 +333,43 @@ def compress(
             if on_layer is not None:
                 on_layer(reports[-1])
 
-    inputs = embed(model, samples)
-    hidden = [x for x, _ in inputs]
-    home = hidden[0].device
-    through = nn.Identity()
-    for i, layer in enumerate(tqdm(model.model.layers, desc="GPTQ", unit="layer")):
-        prefix = f"model.layers.{i}"
-        layer.to(device)
-        attn, mlp = layer.self_attn, layer.mlp
-
+    def stages(layer: Any, hidden: list[Tensor]) -> Iterator[list[Tensor]]:
+        """Walks through a decoder layer once, and stops where linear layers get their inputs: those
+        of q/k/v, o, gate/up, down; then the layer's output. Weights are read when they are used, so
+        whoever rounds them between two stops sends the next ones rounded values."""
+        attn, mlp, through = layer.self_attn, layer.mlp, nn.Identity()
         x = [layer.input_layernorm(h.to(device)).to(home) for h in hidden]
-        stage(
-            prefix,
-            {f"self_attn.{name}": getattr(attn, name) for name in ("q_proj", "k_proj", "v_proj")},
-            x,
-        )
-        o_proj, attn.o_proj = (
-            attn.o_proj,
-            through,
-        )  # the module then returns what o_proj would have been given
+        yield x
+        o_proj, attn.o_proj = attn.o_proj, through  # returns what o_proj would have been given
         x = [
             attn(hidden_states=a.to(device), **_to(kwargs, device))[0].to(home)
             for a, (_, kwargs) in zip(x, inputs, strict=True)
         ]
         attn.o_proj = o_proj
-        stage(prefix, {"self_attn.o_proj": o_proj}, x)
+        yield x
         hidden = [h + o_proj(a.to(device)).to(home) for h, a in zip(hidden, x, strict=True)]
-
         x = [layer.post_attention_layernorm(h.to(device)).to(home) for h in hidden]
-        stage(prefix, {f"mlp.{name}": getattr(mlp, name) for name in ("gate_proj", "up_proj")}, x)
+        yield x
         down_proj, mlp.down_proj = mlp.down_proj, through
         x = [mlp(a.to(device)).to(home) for a in x]
         mlp.down_proj = down_proj
-        stage(prefix, {"mlp.down_proj": down_proj}, x)
-        hidden = [h + down_proj(a.to(device)).to(home) for h, a in zip(hidden, x, strict=True)]
+        yield x
+        yield [h + down_proj(a.to(device)).to(home) for h, a in zip(hidden, x, strict=True)]
+
+    inputs = embed(model, samples)
+    hidden = [x for x, _ in inputs]
+    home = hidden[0].device
+    uncompressed = hidden
+    for i, layer in enumerate(tqdm(model.model.layers, desc="GPTQ", unit="layer")):
+        layer.to(device)
+        originals: list[list[Tensor]] = [[], [], [], []]
+        if correcting:
+            *originals, uncompressed = stages(layer, uncompressed)
+        walk = stages(layer, hidden)
+        for names, original in zip(STAGES, originals, strict=True):
+            modules = {name: layer.get_submodule(name) for name in names}
+            stage(f"model.layers.{i}", modules, next(walk), original)
+        hidden = next(walk)
         layer.to(home)
     return scales, reports
 
@@ -419,6 +432,12 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         help="refits of the scales, each with a descent",
     )
     parser.add_argument(
+        "--correction",
+        type=float,
+        default=defaults.correction,
+        help="share of the error of earlier layers that a layer makes up for",
+    )
+    parser.add_argument(
         "--nearest", action="store_true", help="round to nearest, without calibration"
     )
     parser.add_argument(
@@ -441,6 +460,10 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         )
     if args.percdamp < 0:
         parser.error(f"--percdamp is {args.percdamp} but should not be negative")
+    if not 0 <= args.correction <= 1:
+        parser.error(f"--correction is {args.correction} but should lie in 0..1")
+    if args.passes < 0:
+        parser.error(f"--passes is {args.passes} but should not be negative")
     if args.save and args.wbits != 4:
         parser.error("--save needs --wbits 4")
     return args
@@ -481,12 +504,13 @@ def run(args: argparse.Namespace) -> None:
             documents, args.nsamples, args.seqlen, args.seed, args.dataset
         )
         options = gptq.Options(
-            args.groupsize,
-            args.percdamp,
-            args.act_order,
-            args.static_groups,
-            args.rule,
-            args.passes,
+            groupsize=args.groupsize,
+            percdamp=args.percdamp,
+            act_order=args.act_order,
+            static_groups=args.static_groups,
+            rule=args.rule,
+            passes=args.passes,
+            correction=args.correction,
         )
         scales, _ = compress(
             model,

@@ -7,6 +7,7 @@ import logging
 import pathlib
 import sys
 import types
+from typing import Any
 
 import pytest
 import tiny_llama
@@ -182,6 +183,21 @@ def test_inputs_that_were_never_active_are_rounded_to_nearest(act_order: bool) -
     assert torch.equal(result.q[:, dead], nearest[:, dead])
 
 
+def test_the_whole_correction_is_the_best_weight_for_the_inputs_it_meets() -> None:
+    """Against torch's own least squares: the weight that maps x to W x0."""
+    W, x0 = torch.randn(7, 17), torch.randn(400, 17)
+    x = x0 + 0.3 * torch.randn(400, 17)
+    hessian = gptq.Hessian(17, with_original=True)
+    for rows in (slice(0, 100), slice(100, 101), slice(101, 400)):
+        hessian.add(x[rows], x0[rows])
+    assert hessian.C is not None
+    expected = torch.linalg.lstsq(x, x0 @ W.T).solution.T
+    # Well conditioned; float32 sums over 400 tokens.
+    assert torch.allclose(quant.correct(W, hessian.H, hessian.C, 1.0, 0.0), expected, atol=1e-4)
+    half = quant.correct(W, hessian.H, hessian.C, 0.5, 0.0)
+    assert torch.allclose(half, (W + expected) / 2, atol=1e-4)
+
+
 def test_a_hessian_of_another_size_is_refused() -> None:
     with pytest.raises(ValueError, match="W has 33 input features"):
         gptq.gptq(torch.ones(2, 33), torch.eye(32))
@@ -333,14 +349,16 @@ def test_compressing_changes_the_output_less_than_rounding_to_nearest() -> None:
     samples, held_out = samples_of((64,) * 12), samples_of((128,))[0]
     original = tiny_llama.model()
 
-    def change(compressed: object) -> float:
+    def change(compressed: Any) -> float:
         with torch.no_grad():
-            return float((compressed(held_out).logits - original(held_out).logits).norm())  # type: ignore[operator]
+            return float((compressed(held_out).logits - original(held_out).logits).norm())
 
-    by_gptq, nearest = tiny_llama.model(), tiny_llama.model()
-    llama2.compress(by_gptq, samples, gptq.Options(64))
+    nearest = tiny_llama.model()
     llama2.round_model(nearest, 64)
-    assert 0 < change(by_gptq) < change(nearest)
+    for correction in (0.0, 0.5):
+        by_gptq = tiny_llama.model()
+        llama2.compress(by_gptq, samples, gptq.Options(64, correction=correction))
+        assert 0 < change(by_gptq) < change(nearest)
 
 
 @pytest.mark.parametrize("groupsize", [-1, 64, 128])
