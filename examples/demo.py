@@ -358,7 +358,13 @@ def main(argv: list[str] | None = None) -> int:
             args.measure_checkpoint.write_text(json.dumps(measure_checkpoint(args)))
         else:
             run(args)
-    except (llama2.ModelError, data.DataError, CheckpointError) as error:
+    except (
+        llama2.ModelError,
+        data.DataError,
+        gptq.HessianError,
+        CheckpointError,
+        OSError,
+    ) as error:
         print(error, file=sys.stderr)
         return 1
     return 0

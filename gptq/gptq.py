@@ -26,6 +26,10 @@ log = logging.getLogger("gptq")
 MAX_DAMPING_STEPS = 8
 
 
+class HessianError(ValueError):
+    """Calibration inputs that no damping makes usable; the message is one sentence for the user."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Options:
     """How to round.
@@ -102,7 +106,7 @@ def damped_inverse(H: Tensor, percdamp: float, name: str = "layer") -> tuple[Ten
         took.
 
     Raises:
-        ValueError: no damping makes it positive definite.
+        HessianError: no damping makes it positive definite.
     """
     mean = H.diagonal().mean()
     for _ in range(MAX_DAMPING_STEPS):
@@ -121,7 +125,7 @@ def damped_inverse(H: Tensor, percdamp: float, name: str = "layer") -> tuple[Ten
             following,
         )
         percdamp = following
-    raise ValueError(
+    raise HessianError(
         f"gptq: the Hessian of {name} is not positive definite even with damping {percdamp:g}: its "
         "calibration inputs "
         "hold NaN or infinite values"
@@ -149,7 +153,7 @@ def gptq(
         against the corrected weight.
 
     Raises:
-        ValueError: H does not fit W or cannot be made positive definite.
+        ValueError: H does not fit W, or (HessianError) cannot be made positive definite.
 
     Example:
         >>> hessian = Hessian(128)

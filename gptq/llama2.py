@@ -82,8 +82,8 @@ def load_model(source: str, dtype: torch.dtype = torch.float16) -> tuple[nn.Modu
     try:
         if path.is_file():
             return _load_gguf(path, dtype)
-        model = transformers.AutoModelForCausalLM.from_pretrained(
-            source, dtype=dtype, attn_implementation="sdpa"
+        model, found = transformers.AutoModelForCausalLM.from_pretrained(
+            source, dtype=dtype, attn_implementation="sdpa", output_loading_info=True
         )
         tokenizer = transformers.AutoTokenizer.from_pretrained(source)
     except ModelError:
@@ -92,6 +92,9 @@ def load_model(source: str, dtype: torch.dtype = torch.float16) -> tuple[nn.Modu
         raise ModelError(f"gptq: cannot read the model {source}: {_first_line(error)}") from error
     if getattr(model.config, "quantization_config", None) is not None:
         raise ModelError(f"gptq: {source} is already quantised; give the uncompressed model")
+    missing = sorted(found["missing_keys"])
+    if missing:  # transformers would leave them random, with a warning
+        raise ModelError(f"gptq: {source} has no tensor {missing[0]}, which its config needs")
     return model.eval(), tokenizer
 
 
@@ -301,6 +304,7 @@ def compress(
 
     Raises:
         ModelError: an architecture that is not known.
+        gptq.HessianError: NaN or infinite values in the model or on the way through it.
     """
     device = torch.device(device)
     check_architecture(model.config, max(sample.shape[1] for sample in samples))
@@ -473,7 +477,7 @@ def run(args: argparse.Namespace) -> None:
     """Does what the command line asks for.
 
     Raises:
-        ModelError, data.DataError, marlin.checkpoint.CheckpointError: one sentence each.
+        ModelError, data.DataError, gptq.HessianError, checkpoint.CheckpointError: one sentence.
     """
     on_gpu = torch.device(args.device).type == "cuda"
     # Everything that can be missing is looked for before the work, not after.
@@ -538,7 +542,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     logging.getLogger("httpx").setLevel(logging.WARNING)
     try:
         run(args)
-    except (ModelError, data.DataError, checkpoint.CheckpointError) as error:
+    except (
+        ModelError,
+        data.DataError,
+        gptq.HessianError,
+        checkpoint.CheckpointError,
+    ) as error:
         print(error, file=sys.stderr)
         return 1
     return 0

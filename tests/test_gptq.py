@@ -459,6 +459,33 @@ def test_what_the_user_can_mend_is_one_sentence_and_status_1(
     assert words in message
 
 
+@pytest.mark.parametrize("damage", ["a tensor is missing", "the file is cut short", "it is NaN"])
+def test_a_damaged_model_is_one_sentence_and_status_1(
+    tmp_path: pathlib.Path, damage: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import safetensors.torch
+
+    folder = tiny_llama.folder(tmp_path / "model")
+    (folder / "text.txt").write_text(tiny_llama.text())
+    file = folder / "model.safetensors"
+    tensors = safetensors.torch.load_file(file)
+    key = "model.layers.1.self_attn.o_proj.weight"
+    if damage == "a tensor is missing":
+        del tensors[key]
+    if damage == "it is NaN":
+        tensors["model.layers.0.self_attn.v_proj.weight"][3, 4] = torch.nan
+    safetensors.torch.save_file(tensors, file, {"format": "pt"})
+    if damage == "the file is cut short":
+        file.write_bytes(file.read_bytes()[:-100])
+    arguments = ("--wbits", "4", "--groupsize", "64", "--nsamples", "2")
+    assert run_llama2(folder, *arguments, "--save", str(tmp_path / "int4")) == 1
+    message = capsys.readouterr().err.strip().splitlines()[-1]
+    assert message.startswith("gptq: ")
+    words = {"a tensor is missing": key, "the file is cut short": "cannot read", "it is NaN": "NaN"}
+    assert words[damage] in message
+    assert not (tmp_path / "int4").exists()
+
+
 # --------------------------------------------------------------------------------------------------
 # eval.py
 # --------------------------------------------------------------------------------------------------
