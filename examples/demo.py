@@ -233,6 +233,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         plain = copy.deepcopy(model).half()
         plain.config.dtype = torch.float16
         plain.save_pretrained(args.out / "fp16")
+        tokenizer.save_pretrained(args.out / "fp16")
         del plain
 
     print(
