@@ -1,0 +1,692 @@
+// marlin_sm80.cu: C = A @ dequant(B) on tensor cores by mma.sync and cp.async: Ampere, Ada, and anything newer. FP16.
+//
+// Depends on marlin.h and layout.h; bindings.cpp calls choose_config_sm80 and run_sm80. A plain C++ compiler sees only the
+// host part that needs no CUDA (choose_config_sm80), so that its tests run anywhere.
+//
+// The product is computed transposed, C^T = B^T A^T: the weights are the left operand of mma.m16n8k16 (16 features), the
+// tokens its n dimension in steps of 8, so that one token costs one n8 block. The packed words are left operands already.
+//
+//   CTA      kTeams teams; each team runs through every kTeams-th stage (64 rows of the weight) of the CTA's stripe, with its
+//            own ring of stages in shared memory, and meets the others only when a tile of C ends
+//   team     kWarpsN x kWarpsM warps, 64 features x 8 kBlocksM tokens each; they share the stages
+//   stripe   all tiles of C, each K / 64 stages long, form one line, cut into equal stripes, one per CTA; a tile cut by the
+//            border of a stripe is summed in FP32 scratch by the CTA that finishes it last, always in the same order
+#include "marlin.h"
+
+namespace marlin {
+namespace {
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Configurations
+// ---------------------------------------------------------------------------------------------------------------------
+
+constexpr int STAGE_K = 64;                   // rows of the weight in a pipeline stage
+constexpr int STEPS = STAGE_K / TILE_K;       // k16 steps in it
+constexpr int SCALE_K = 32;                   // rows that certainly share a scale; groups are multiples of it
+constexpr int SCALE_ROWS = STAGE_K / SCALE_K; // rows of scales in a stage
+
+struct Tile {
+  int blocks_n;  // m16 feature blocks of a warp: 4, or 2 for half a chunk
+  int blocks_m;  // n8 token blocks of a warp: 1 or an even number
+  int warps_n;   // warps of a team along the features
+  int warps_m;   // along the tokens
+  int teams;
+  int stages;  // in each team's ring
+
+  MARLIN_HD constexpr int features() const { return 16 * blocks_n * warps_n; }
+  MARLIN_HD constexpr int tokens() const { return 8 * blocks_m * warps_m; }
+  MARLIN_HD constexpr int warps() const { return warps_n * warps_m * teams; }
+  MARLIN_HD constexpr int b_bytes() const { return features() * STAGE_K / 2; }
+  MARLIN_HD constexpr int s_bytes() const { return features() * SCALE_ROWS * 2; }
+  MARLIN_HD constexpr int a_bytes() const { return tokens() * STAGE_K * 2; }
+  MARLIN_HD constexpr int stage_bytes() const { return b_bytes() + a_bytes() + s_bytes(); }
+  MARLIN_HD constexpr int patch_pitch() const { return 16 * blocks_n + 4; }  // + 4 spreads four tokens over all banks
+  // A warp's patch, in which it lays out accumulators as rows of C, a few tokens x its features at a time.
+  MARLIN_HD constexpr int patch_tokens() const { return blocks_m >= 4 && teams > 1 ? 16 : 8; }
+  MARLIN_HD constexpr int patch_floats() const { return patch_tokens() * patch_pitch(); }
+  MARLIN_HD constexpr int smem_bytes() const { return teams * stages * stage_bytes() + warps() * patch_floats() * 4; }
+};
+
+constexpr Tile kTiles[] = {
+    // 8 tokens
+    {4, 1, 1, 1, 8, 4}, {4, 1, 1, 1, 16, 3}, {4, 1, 2, 1, 8, 3}, {4, 1, 4, 1, 4, 3}, {4, 1, 1, 1, 8, 3},
+    // 16
+    {4, 2, 1, 1, 8, 4}, {4, 2, 1, 1, 12, 3}, {4, 2, 2, 1, 6, 3}, {4, 2, 4, 1, 3, 3}, {4, 2, 1, 1, 8, 2},
+    // 32
+    {4, 4, 1, 1, 8, 3}, {4, 4, 4, 1, 3, 4}, {4, 4, 1, 1, 8, 2}, {4, 4, 1, 1, 4, 3},
+    // 48, 64
+    {4, 6, 2, 1, 4, 3}, {4, 8, 2, 1, 4, 3}, {4, 8, 2, 1, 4, 2}, {4, 8, 2, 1, 2, 3},
+    // 96, 128
+    {2, 12, 4, 1, 2, 4}, {2, 16, 4, 1, 2, 4}, {2, 16, 4, 1, 2, 3}, {2, 16, 4, 1, 1, 4}, {2, 16, 8, 1, 1, 4},
+};
+constexpr int kNumTiles = sizeof(kTiles) / sizeof(kTiles[0]);
+
+constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+}  // namespace
+
+Config make_config(const Problem& p, int tile_idx, int grid) {
+  const Tile& tile = kTiles[tile_idx];
+  const int64_t stages = ceil_div(p.K, STAGE_K);
+  const int64_t total = stages * ceil_div(p.N, tile.features()) * ceil_div(p.M, tile.tokens());
+  Config config;
+  config.tile_idx = tile_idx;
+  config.features = tile.features();
+  config.tokens = tile.tokens();
+  config.grid = static_cast<int>(total < grid ? total : grid);
+  const bool whole_tiles = total % config.grid == 0 && total / config.grid % stages == 0;
+  config.num_locks = whole_tiles ? 0 : config.grid;
+  config.num_partials = whole_tiles ? 0 : int64_t{2} * config.grid * config.features * config.tokens;
+  return config;
+}
+
+Config choose_config_sm80(const Problem& p, const Device& device, const Hints& hints) {
+  for (int i = 0; i < kNumTiles; ++i) {
+    if (kTiles[i].tokens() >= p.M || i + 1 == kNumTiles) return make_config(p, i, device.num_sms);
+  }
+  return {};
+}
+
+}  // namespace marlin
+
+#if defined(__CUDACC__)
+#include <cuda_fp16.h>
+#include <cuda_runtime.h>
+
+#include <climits>
+#include <utility>
+
+namespace marlin {
+namespace {
+
+// ---------------------------------------------------------------------------------------------------------------------
+// PTX
+// ---------------------------------------------------------------------------------------------------------------------
+
+__device__ inline uint32_t smem_address(const void* p) { return static_cast<uint32_t>(__cvta_generic_to_shared(p)); }
+
+// .cg: past L1, nothing here is read twice by an SM. src_bytes < 16 fills the rest with zeros.
+__device__ inline void cp_async16(uint32_t smem, const void* gmem, int src_bytes) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(smem), "l"(gmem), "r"(src_bytes) : "memory");
+}
+
+__device__ inline void cp_async16(uint32_t smem, const void* gmem) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(smem), "l"(gmem) : "memory");
+}
+
+// Counts up, publishes what the CTA wrote before, and sees what those wrote who counted before.
+__device__ inline int fetch_add_acq_rel(int32_t* gmem, int value) {
+  int old;
+  asm volatile("atom.add.acq_rel.gpu.s32 %0, [%1], %2;" : "=r"(old) : "l"(gmem), "r"(value) : "memory");
+  return old;
+}
+
+__device__ inline void cp_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+
+template <int kPending>
+__device__ inline void cp_async_wait() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
+}
+
+__device__ inline void load_smem(uint32_t (&v)[4], uint32_t smem) {
+  asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(v[0]), "=r"(v[1]), "=r"(v[2]), "=r"(v[3])
+               : "r"(smem)
+               : "memory");
+}
+
+__device__ inline void load_smem(uint32_t (&v)[2], uint32_t smem) {
+  asm volatile("ld.shared.v2.u32 {%0, %1}, [%2];" : "=r"(v[0]), "=r"(v[1]) : "r"(smem) : "memory");
+}
+
+__device__ inline void store_smem16(uint32_t smem, uint32_t word) {
+  asm volatile("st.shared.v4.u32 [%0], {%1, %1, %1, %1};" ::"r"(smem), "r"(word) : "memory");
+}
+
+// Two right operands: two n8 blocks of tokens x k16, or one x k32.
+__device__ inline void ldmatrix_x4(uint32_t (&first)[2], uint32_t (&second)[2], uint32_t smem) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(first[0]), "=r"(first[1]), "=r"(second[0]), "=r"(second[1])
+               : "r"(smem)
+               : "memory");
+}
+
+// Not volatile: registers in, registers out, free to move.
+__device__ inline void mma_m16n8k16(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+  asm(
+      "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+}
+
+// A barrier among the warps of one team. id 0 is __syncthreads'.
+__device__ inline void named_barrier(int id, int num_threads) {
+  asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(num_threads) : "memory");
+}
+
+// (word & mask) | bits in one instruction: 0xea is the truth table of (a & b) | c.
+template <uint32_t kMask, uint32_t kBits>
+__device__ inline uint32_t and_or(uint32_t word) {
+  uint32_t r;
+  asm("lop3.b32 %0, %1, %2, %3, 0xea;" : "=r"(r) : "r"(word), "n"(kMask), "n"(kBits));
+  return r;
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Dequantise
+// ---------------------------------------------------------------------------------------------------------------------
+
+__device__ inline half2 as_half2(uint32_t bits) { return *reinterpret_cast<half2*>(&bits); }
+__device__ inline uint32_t as_bits(half2 h) { return *reinterpret_cast<uint32_t*>(&h); }
+
+// One register of a left operand: two of a word's eight values as q - 8, exactly. Register 0: features g, k 2t and 2t + 1;
+// 1: features g + 8; 2 and 3: the same at k + 8.
+// 0x6400 is fp16 1024 with a unit of 1 in its lowest bit, so 0x6400 | q is 1024 + q and 0x6400 | q << 4 is 1024 + 16 q.
+__device__ inline half2 dequantise(uint32_t word, int r) {  // r is a constant after unrolling
+  if (r % 2 == 1) word >>= 8;
+  if (r < 2) return __hsub2(as_half2(and_or<0x000f000f, 0x64006400>(word)), as_half2(0x64086408));  // - 1032
+  const half2 kSixteenth = as_half2(0x2c002c00), kMinus72 = as_half2(0xd480d480);                   // -1024 / 16 - 8
+  return __hfma2(as_half2(and_or<0x00f000f0, 0x64006400>(word)), kSixteenth, kMinus72);
+}
+
+// For few tokens: q in units of 2^-24, as an fp16 subnormal; two bit operations and a product less. The unit is made good
+// when C is written.
+constexpr uint32_t kMinus8 = 0x80088008;  // -8 in that unit, twice
+constexpr float kUnit = 1 << 24;
+
+__device__ inline uint32_t unpack(uint32_t word, int r) {  // r as in dequantise
+  if (r % 2 == 1) word >>= 8;
+  if (r < 2) return word & 0x000f000f;
+  return as_bits(__hmul2(as_half2(word & 0x00f000f0), as_half2(0x2c002c00)));  // / 16
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Kernel
+// ---------------------------------------------------------------------------------------------------------------------
+
+__device__ inline float4 add(float4 a, float4 b) { return make_float4(a.x + b.x, a.y + b.y, a.z + b.z, a.w + b.w); }
+
+template <int kI, int kJ>
+__device__ inline void clear(float (&v)[kI][kJ][4]) {
+#pragma unroll
+  for (int i = 0; i < kI * kJ * 4; ++i) v[i / (4 * kJ)][i / 4 % kJ][i % 4] = 0;
+}
+
+struct Args {
+  Problem p;
+  int k_stages;          // stages in a tile of C: ceil(K / 64)
+  int token_tiles;       // tiles of C along the tokens, the fastest in the line
+  int stripe;            // stages of a CTA, floor(all / gridDim.x) ...
+  int longer;            // ... and one more for this many first CTAs
+  int n, k_a, lda;       // p.N, p.K_A, p.lda
+  int whole_stages;      // stages that are full: min(K, K_A) / 64
+  int k16_rows;          // K / 16
+  int k32_rows;          // K / 32
+  uint32_t group_magic;  // ceil(2^32 / (group / 16)), which divides by __umulhi; 0 for channelwise
+  int32_t* locks;
+  float* partials;
+};
+
+template <int kBlocksN, int kBlocksM, int kWarpsN, int kWarpsM, int kTeams, int kStages>
+__global__ void __launch_bounds__(32 * kWarpsN * kWarpsM * kTeams, 1) marlin_kernel(const Args args) {
+  constexpr Tile kTile{kBlocksN, kBlocksM, kWarpsN, kWarpsM, kTeams, kStages};
+  constexpr int kFeatures = kTile.features(), kTokens = kTile.tokens();
+  constexpr int kTeamWarps = kWarpsN * kWarpsM, kTeamThreads = 32 * kTeamWarps, kThreads = kTeamThreads * kTeams;
+  constexpr bool kFew = kBlocksM <= 2;  // tokens: another inner loop
+  static_assert(!kFew || (kBlocksN == 4 && kWarpsM == 1), "the loop for few tokens knows whole chunks only");
+  static_assert(kFew || kBlocksM % 2 == 0, "ldmatrix brings two blocks");
+
+  const Problem& p = args.p;
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+  const int team = warp / kTeamWarps, team_thread = threadIdx.x % kTeamThreads;
+  const int warp_n = warp % kTeamWarps % kWarpsN, warp_m = warp % kTeamWarps / kWarpsN;
+  const int g = lane / 4, t = lane % 4;
+  const bool grouped = args.group_magic != 0;
+
+  extern __shared__ __align__(128) unsigned char smem[];
+  __shared__ int is_last;
+  const uint32_t ring = smem_address(smem) + team * kStages * kTile.stage_bytes();
+  const uint32_t ring_last = ring + (kStages - 1) * kTile.stage_bytes();
+  float* const patches = reinterpret_cast<float*>(smem + kTeams * kStages * kTile.stage_bytes());
+  constexpr int kPatch = kTile.patch_floats(), kPitch = kTile.patch_pitch();
+  constexpr uint32_t kAOffset = kTile.b_bytes(), kSOffset = kTile.b_bytes() + kTile.a_bytes();
+
+  const int cta = blockIdx.x;
+  const int stripe_begin = cta * args.stripe + min(cta, args.longer);
+  const int stripe_end = stripe_begin + args.stripe + (cta < args.longer);
+
+  auto team_barrier = [&] {
+    if constexpr (kTeamWarps == 1) {
+      __syncwarp();
+    } else {
+      named_barrier(kTeams == 1 ? 0 : 1 + team, kTeamThreads);
+    }
+  };
+
+  // ---- issue next loads: a cursor that runs ahead of the products, over the borders of tiles -------------------------
+  // In a stage, a thread copies every (kTeamThreads / kPiecesB)-th k16 row of one column of 16-byte pieces of B, the same
+  // of A, and at most one piece of s, so that only three pointers move from stage to stage.
+  constexpr int kPiecesB = kFeatures / 2, kPiecesA = STAGE_K / 8, kPiecesS = kFeatures / 8;  // in a row
+  static_assert(kTeamThreads % kPiecesB == 0 && kTeamThreads % kPiecesA == 0 && kTeamThreads >= SCALE_ROWS * kPiecesS);
+  constexpr int kRowsB = kTeamThreads / kPiecesB, kRowsA = kTeamThreads / kPiecesA;  // that the team copies at once
+  const int b_row = team_thread / kPiecesB, b_piece = team_thread % kPiecesB;
+  const int a_copy_row = team_thread / kPiecesA, a_piece = team_thread % kPiecesA;
+  const int s_row = team_thread / kPiecesS, s_piece = team_thread % kPiecesS;
+  const uint32_t a_wr = kAOffset + a_copy_row * 128 + ((a_piece ^ (a_copy_row & 7)) << 4);
+  const uint32_t b_row_bytes = 8 * args.n, s_row_bytes = 2 * args.n, a_row_bytes = 2 * args.lda;  // run_sm80 checks
+
+  int load_tile, load_k;     // the stage to load next
+  int load_k_end;            // where this tile ends, or the stripe
+  uint32_t stage_wr = ring;  // where it goes
+  const char *b_gmem, *a_gmem, *s_gmem;
+  int a_rows;   // this thread has in the tile, counted from its first one
+  int b_rows;   // the same in the whole of K
+  bool s_mine;  // whether it copies scales
+
+  auto aim_loads = [&](int unit) {
+    load_tile = unit / args.k_stages;
+    load_k = unit - load_tile * args.k_stages;
+    if (unit < stripe_end) {
+      const int n0 = load_tile / args.token_tiles * kFeatures;
+      const int64_t m0 = static_cast<int64_t>(load_tile % args.token_tiles) * kTokens + a_copy_row;
+      b_gmem = static_cast<const char*>(p.B) + (int64_t{load_k} * STEPS + b_row) * b_row_bytes + (n0 * 8 + b_piece * 16);
+      a_gmem = static_cast<const char*>(p.A) + m0 * a_row_bytes + (load_k * STAGE_K + a_piece * 8) * 2;
+      s_gmem = static_cast<const char*>(p.s) + (n0 + s_piece * 8) * 2;
+      a_rows = static_cast<int>(min(int64_t{kTokens - a_copy_row}, p.M - m0));
+      b_rows = n0 + 2 * b_piece < args.n ? args.k16_rows - b_row : 0;
+      s_mine = grouped && s_row < SCALE_ROWS && n0 + 8 * s_piece < args.n;
+      load_k_end = min(args.k_stages, stripe_end - load_tile * args.k_stages);
+    } else {  // nothing more to load
+      a_rows = 0, b_rows = 0, s_mine = false, load_k_end = INT_MAX;
+    }
+  };
+
+  // In three parts of few instructions, to be issued between the products of a stage. No branch but for rare cases.
+  constexpr int kRoundsA = (kTokens + kRowsA - 1) / kRowsA;
+  // kRowsA is 4 only for single warps; then rows i + 4 sit in the other half of the eight permuted rows
+  auto a_dst = [&](int i) { return stage_wr + (kRowsA % 8 == 0 ? a_wr : a_wr ^ ((i & 4) << 4)) + i * 128; };
+  auto issue_loads = [&](int part) {
+    const bool whole = load_k < args.whole_stages;  // neither K nor the columns of A end in it
+    if (part == 0) {
+#pragma unroll
+      for (int i = 0; i < STEPS; i += kRowsB) {
+        if (b_rows > 0 && whole) cp_async16(stage_wr + team_thread * 16 + i * kPiecesB * 16, b_gmem + i * b_row_bytes);
+      }
+      if (s_mine) {  // past the end of K the last row, whose products are zero
+        const uint32_t k32 = min(load_k * SCALE_ROWS + s_row, args.k32_rows - 1);
+        cp_async16(stage_wr + kSOffset + team_thread * 16, s_gmem + __umulhi(2 * k32, args.group_magic) * s_row_bytes);
+      }
+      return;
+    }
+    const int rows = whole ? a_rows : 0;
+#pragma unroll
+    for (int i = part == 1 ? 0 : kRoundsA / 2; i < (part == 1 ? kRoundsA / 2 : kRoundsA); ++i) {
+      if (i * kRowsA < rows) cp_async16(a_dst(i * kRowsA), a_gmem + i * kRowsA * a_row_bytes);
+    }
+    if (part == 1) return;
+    if (!whole) {
+#pragma unroll 1
+      for (int i = 0; i < min(STEPS, b_rows - load_k * STEPS); i += kRowsB) {
+        cp_async16(stage_wr + team_thread * 16 + i * kPiecesB * 16, b_gmem + i * b_row_bytes);
+      }
+      const int bytes = 2 * max(0, min(8, args.k_a - load_k * STAGE_K - a_piece * 8));  // zeros behind the last column
+#pragma unroll 1
+      for (int i = 0; i < min(a_rows, kTokens); i += kRowsA) {
+        cp_async16(a_dst(i), bytes > 0 ? a_gmem + i * a_row_bytes : static_cast<const char*>(p.A), bytes);
+      }
+    }
+    cp_async_commit();  // also when empty: the count of groups is the clock of the ring
+    b_gmem += kTeams * STEPS * b_row_bytes;
+    a_gmem += kTeams * STAGE_K * 2;
+    stage_wr = stage_wr == ring_last ? ring : stage_wr + kTile.stage_bytes();
+    load_k += kTeams;
+    if (load_k >= load_k_end) aim_loads(load_tile * args.k_stages + load_k);
+  };
+
+  // ---- wait for stage: the next one has landed ------------------------------------------------------------------------
+  uint32_t stage_rd = ring_last;  // the stage that is read; the first one comes next
+  auto wait_for_stage = [&] {
+    cp_async_wait<kStages - 2>();
+    team_barrier();  // ... in every warp, and every warp has read the one before: its place is free for new loads
+    stage_rd = stage_rd == ring_last ? ring : stage_rd + kTile.stage_bytes();
+  };
+
+  const int chunk = warp_n * kBlocksN / 4, chunk_half = warp_n * kBlocksN % 4 / 2;  // of the stage, this warp's
+  const uint32_t b_rd = chunk * 512 + lane * 16 + chunk_half * 8;
+  const uint32_t s_rd = kSOffset + chunk * 128 + g * 16 + chunk_half * 8;
+  float acc[kBlocksN][kBlocksM][4];  // (m16 blocks, n8 blocks, features g and g + 8 x tokens 2t and 2t + 1)
+
+  // ---- load fragments, dequantise, multiply: few tokens ------------------------------------------------------------
+  // The issue slots decide: 7 instructions a word instead of 13. The sums of a group are scaled, not its weights, and the
+  // zero point is taken off by one product a step, of minus eights with A, from which the group's sums start. In between
+  // a warp just waits: there are four to a scheduler.
+  auto multiply_few = [&] {
+    wait_for_stage();
+    uint32_t b_frag[STEPS][4], a_frag[STEPS][kBlocksM][2], s_frag[4];
+#pragma unroll
+    for (int step = 0; step < STEPS; ++step) load_smem(b_frag[step], stage_rd + b_rd + step * kFeatures * 8);
+    const uint32_t a_row_rd = stage_rd + kAOffset + lane % 8 * 128;
+#pragma unroll
+    for (int i = 0; i < kBlocksM * STEPS / 2; ++i) {  // an n8 block, two steps
+      const int step = i % 2 * 2, j = i / 2;
+      ldmatrix_x4(a_frag[step][j], a_frag[step + 1][j], a_row_rd + j * 1024 + (((lane / 8 + 2 * step) ^ (lane % 8)) << 4));
+    }
+    load_smem(s_frag, stage_rd + s_rd + kFeatures * 2);
+#pragma unroll
+    for (int part = 0; part < 3; ++part) issue_loads(part);
+
+    const bool two_groups = p.group % STAGE_K != 0;
+    float sums[4][kBlocksM][4], zero[2][kBlocksM][4];  // shapes as acc; (halves of the stage)
+    clear(zero);
+    auto add_zero = [&](int half) {
+      const uint32_t minus8[4] = {kMinus8, kMinus8, kMinus8, kMinus8};
+#pragma unroll
+      for (int j = 0; j < kBlocksM; ++j) {
+        mma_m16n8k16(zero[half][j], minus8, a_frag[2 * half][j]);
+        mma_m16n8k16(zero[half][j], minus8, a_frag[2 * half + 1][j]);
+      }
+    };
+    auto add_scaled = [&](const uint32_t (&scales)[4]) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const float2 scale = __half22float2(as_half2(scales[i]));
+#pragma unroll
+        for (int j = 0; j < kBlocksM; ++j) {
+#pragma unroll
+          for (int e = 0; e < 4; ++e) acc[i][j][e] += sums[i][j][e] * (e < 2 ? scale.x : scale.y);
+        }
+      }
+    };
+    auto start = [&](int half) {
+#pragma unroll
+      for (int i = 0; i < 4 * kBlocksM * 4; ++i) sums[i / (4 * kBlocksM)][i / 4 % kBlocksM][i % 4] = zero[half][i / 4 % kBlocksM][i % 4];
+    };
+    add_zero(1);
+    if (!two_groups) {
+#pragma unroll
+      for (int i = 0; i < kBlocksM * 4; ++i) zero[0][i / 4][i % 4] = zero[1][i / 4][i % 4];
+    }
+    add_zero(0);
+    start(0);
+#pragma unroll
+    for (int step = 0; step < STEPS; ++step) {
+      if (step == 2 && two_groups) {
+        uint32_t first[4];
+        load_smem(first, stage_rd + s_rd);
+        add_scaled(first);
+        start(1);
+      }
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const uint32_t left[4] = {unpack(b_frag[step][i], 0), unpack(b_frag[step][i], 1), unpack(b_frag[step][i], 2),
+                                  unpack(b_frag[step][i], 3)};
+#pragma unroll
+        for (int j = 0; j < kBlocksM; ++j) mma_m16n8k16(sums[i][j], left, a_frag[step][j]);
+      }
+    }
+    add_scaled(s_frag);
+  };
+
+  // ---- the same: many tokens -------------------------------------------------------------------------------------------
+  // A warp reads ahead of its products: the words of the next step, and two ldmatrix of A, two n8 blocks each. The words
+  // of the next step are dequantised between the products of this one, a register at a time: with two warps a
+  // scheduler, a run of conversions would leave the tensor cores idle.
+  constexpr int kPairs = (kBlocksM + 1) / 2, kAhead = kPairs == 1 ? 1 : 2, kBuffers = 2 * kAhead;
+  constexpr int kWaitPair = kPairs - kAhead;  // of the last step: there A's next ldmatrix is the next stage's
+  uint32_t a_frag[kBuffers][2][2];            // (buffers, n8 blocks, k halves)
+  uint32_t b_frag[kBlocksN];                  // (m16 blocks), of the next step
+  uint32_t s_frag[2][kBlocksN];               // (halves of a stage, m16 blocks), pairs of scales: features g and g + 8
+  uint32_t left[2][kBlocksN][4];              // (buffers, m16 blocks, registers): left operands of this and the next step
+
+  // ldmatrix: lane l points at row l % 8 of matrix l / 8; matrices: k 0-7, k 8-15, then the next n8 block
+  const int a_row = warp_m * 8 * kBlocksM + lane / 16 * 8 + lane % 8;
+  const uint32_t a_rd = kAOffset + a_row * 128 + (((lane / 8 % 2) ^ (lane % 8)) << 4);
+  auto load_a = [&](int index) {  // counted from the stage's first
+    const int buffer = index % kBuffers, step = index / kPairs % STEPS, pair = index % kPairs;
+    ldmatrix_x4(a_frag[buffer][0], a_frag[buffer][1], stage_rd + (a_rd ^ (step << 5)) + pair * 2048);
+  };
+  auto load_b = [&](int step) { load_smem(b_frag, stage_rd + b_rd + step * kFeatures * 8); };
+  auto load_s = [&](int half) { load_smem(s_frag[half], stage_rd + s_rd + half * kFeatures * 2); };
+  auto dequantise_part = [&](int step, int part) {  // register part % 4 of word part / 4 of a step
+    const int i = part / 4, r = part % 4;
+    const half2 scales = as_half2(s_frag[step / 2][i]);
+    left[step % 2][i][r] = as_bits(__hmul2(dequantise(b_frag[i], r), r % 2 == 0 ? __low2half2(scales) : __high2half2(scales)));
+  };
+
+  auto multiply_many = [&](int step) {
+    const int next = (step + 1) % STEPS;
+    constexpr int kParts = 4 * kBlocksN, kProducts = kBlocksN * kBlocksM;
+    const int first = step + 1 == STEPS ? kBlocksN * 2 * kWaitPair : 0;  // product before which b_frag is loaded
+    int part = 0;
+    if (step + 1 < STEPS) {
+      issue_loads(step);  // into the place that the last wait_for_stage set free
+      load_b(next);
+    }
+    if (step == 1) load_s(1);
+#pragma unroll
+    for (int pair = 0; pair < kPairs; ++pair) {
+      if (step + 1 == STEPS && pair == kWaitPair) {
+        wait_for_stage();
+        load_b(0);
+        load_s(0);
+      }
+      load_a(step * kPairs + pair + kAhead);
+#pragma unroll
+      for (int product = 0; product < 2 * kBlocksN; ++product) {
+        // boustrophedon, so that each product has an operand in common with the one before
+        const int i = product / 2, j = product / 2 % 2 ^ product % 2;
+        mma_m16n8k16(acc[i][2 * pair + j], left[step % 2][i], a_frag[(step * kPairs + pair) % kBuffers][j]);
+        // the share of the conversions that is due after this product
+        const int done = pair * 2 * kBlocksN + product + 1 - first;
+#pragma unroll
+        for (; part < kParts && part * (kProducts - first) < done * kParts; ++part) dequantise_part(next, part);
+      }
+    }
+  };
+
+  // ---- write ---------------------------------------------------------------------------------------------------------
+  auto write = [&](int64_t token, int n, float4 sum) {
+    float v[4] = {sum.x, sum.y, sum.z, sum.w};
+    half* c_gmem = static_cast<half*>(p.C) + token * p.N_C + n;
+#pragma unroll
+    for (int e = 0; e < 4; ++e) {
+      if constexpr (kFew) v[e] *= kUnit;
+      if (!grouped) v[e] *= __half2float(static_cast<const half*>(p.s)[scale_of_channelwise(n + e)]);
+      if (p.bias != nullptr && n + e < p.N_C) v[e] += __half2float(static_cast<const half*>(p.bias)[n + e]);
+    }
+    if (p.N_C % 4 == 0) {
+      if (n < p.N_C) {
+        const half2 lower = __floats2half2_rn(v[0], v[1]), upper = __floats2half2_rn(v[2], v[3]);
+        *reinterpret_cast<uint2*>(c_gmem) = make_uint2(as_bits(lower), as_bits(upper));
+      }
+    } else {
+#pragma unroll
+      for (int e = 0; e < 4; ++e) {
+        if (n + e < p.N_C) c_gmem[e] = __float2half_rn(v[e]);
+      }
+    }
+  };
+
+  // ---- reduce in the CTA: a few n8 blocks at a time through the patches; each thread gets float4s of rows of C -------------
+  auto reduce_in_cta = [&](auto&& consume) {
+    constexpr int kRow = 4 * kBlocksN, kVectors = kTile.patch_tokens() * kRow;  // float4 in a row of a patch, in a patch
+    // One team: every warp reads back its own patch. Several: all threads share a team-sized set of patches.
+    constexpr int kReaders = kTeams == 1 ? 32 : kThreads, kAll = (kTeams == 1 ? 1 : kTeamWarps) * kVectors;
+    auto barrier = [&] {
+      if constexpr (kTeams == 1) {
+        __syncwarp();
+      } else {
+        __syncthreads();
+      }
+    };
+#pragma unroll
+    for (int j0 = 0; j0 < kBlocksM; j0 += kTile.patch_tokens() / 8) {
+      float* patch_wr = patches + warp * kPatch + 2 * t * kPitch + g;
+#pragma unroll
+      for (int j = 0; j < kTile.patch_tokens() / 8; ++j) {
+#pragma unroll
+        for (int i = 0; i < kBlocksN; ++i) {
+#pragma unroll
+          for (int e = 0; e < 4; ++e) patch_wr[(8 * j + e % 2) * kPitch + 16 * i + 8 * (e / 2)] = acc[i][j0 + j][e];
+        }
+      }
+      barrier();
+#pragma unroll
+      for (int i = kTeams == 1 ? lane : threadIdx.x; i < kAll; i += kReaders) {
+        const int member = kTeams == 1 ? warp : i / kVectors;  // the warp of a team whose patch this is
+        const int token = i / kRow % kTile.patch_tokens(), n = i % kRow * 4;
+        float4 sum = make_float4(0, 0, 0, 0);
+#pragma unroll
+        for (int r = 0; r < kTeams; ++r) {
+          sum = add(sum, *reinterpret_cast<const float4*>(patches + (r * kTeamWarps + member) * kPatch + token * kPitch + n));
+        }
+        consume(member / kWarpsN * 8 * kBlocksM + 8 * j0 + token, member % kWarpsN * 16 * kBlocksN + n, sum);
+      }
+      barrier();
+    }
+  };
+
+  // ---- reduce across CTAs --------------------------------------------------------------------------------------------
+  auto cta_of = [&](int unit) {
+    const int by_longer = unit / (args.stripe + 1);
+    return by_longer < args.longer ? by_longer : (unit - args.longer) / args.stripe;
+  };
+  // A CTA shares at most two tiles with others: that of its first stage, and that of its last.
+  auto partial_of = [&](int cta, bool begins_tile) {
+    return args.partials + (2 * static_cast<int64_t>(cta) + begins_tile) * kTokens * kFeatures;
+  };
+  auto finish_tile = [&](int tile) {
+    const int n0 = tile / args.token_tiles * kFeatures;
+    const int64_t m0 = static_cast<int64_t>(tile % args.token_tiles) * kTokens;
+    const int tokens_here = static_cast<int>(min(static_cast<int64_t>(kTokens), p.M - m0));
+    if (stripe_begin <= tile * args.k_stages && (tile + 1) * args.k_stages <= stripe_end) {
+      reduce_in_cta([&](int token, int n, float4 sum) {
+        if (token < tokens_here) write(m0 + token, n0 + n, sum);
+      });
+      return;
+    }
+    const int first = cta_of(tile * args.k_stages), last = cta_of((tile + 1) * args.k_stages - 1);
+    float* mine = partial_of(cta, cta == first);
+    reduce_in_cta([&](int token, int n, float4 sum) {
+      if (token < tokens_here) __stcg(reinterpret_cast<float4*>(mine + token * kFeatures + n), sum);
+    });
+    // The barrier puts the stores of all threads before thread 0's release, and its acquire before their loads.
+    __syncthreads();
+    if (threadIdx.x == 0) is_last = fetch_add_acq_rel(args.locks + first, 1) == last - first;
+    __syncthreads();
+    if (!is_last) return;
+    const int vectors = tokens_here * (kFeatures / 4);
+    constexpr int kBatch = kFew ? 1 : 4;  // loads in flight: a round trip to L2 takes most of a microsecond
+    for (int base = threadIdx.x; base < vectors; base += kBatch * kThreads) {
+      float4 sum[kBatch];
+#pragma unroll
+      for (int i = 0; i < kBatch; ++i) sum[i] = make_float4(0, 0, 0, 0);
+      for (int other = first; other <= last; ++other) {
+        const float4* partial = reinterpret_cast<const float4*>(partial_of(other, other == first)) + base;
+        float4 v[kBatch];
+#pragma unroll
+        for (int i = 0; i < kBatch; ++i) {
+          if (base + i * kThreads < vectors) v[i] = __ldcg(partial + i * kThreads);
+        }
+#pragma unroll
+        for (int i = 0; i < kBatch; ++i) sum[i] = add(sum[i], v[i]);
+      }
+#pragma unroll
+      for (int i = 0; i < kBatch; ++i) {
+        const int vector = base + i * kThreads;
+        if (vector < vectors) write(m0 + vector / (kFeatures / 4), n0 + vector % (kFeatures / 4) * 4, sum[i]);
+      }
+    }
+    if (threadIdx.x == 0) args.locks[first] = 0;
+  };
+
+  // ---- main loop -----------------------------------------------------------------------------------------------------
+  if (!grouped && team_thread < SCALE_ROWS * kPiecesS) {  // channelwise: ones here, the scales when C is written
+    for (uint32_t stage = ring; stage <= ring_last; stage += kTile.stage_bytes()) {
+      store_smem16(stage + kSOffset + team_thread * 16, 0x3c003c00);
+    }
+  }
+  aim_loads(stripe_begin + team);
+#pragma unroll 1
+  for (int i = 0; i < kStages - 1; ++i) {
+#pragma unroll
+    for (int part = 0; part < 3; ++part) issue_loads(part);
+  }
+  if constexpr (!kFew) {
+    wait_for_stage();
+    load_b(0);
+    load_s(0);
+#pragma unroll
+    for (int i = 0; i < kAhead; ++i) load_a(i);
+#pragma unroll
+    for (int part = 0; part < 4 * kBlocksN; ++part) dequantise_part(0, part);
+  }
+
+  int unit = stripe_begin + team;  // this team's next stage in the line
+  for (int tile = stripe_begin / args.k_stages; tile * args.k_stages < stripe_end; ++tile) {
+    const int tile_end = min(stripe_end, (tile + 1) * args.k_stages);
+    clear(acc);
+    for (; unit < tile_end; unit += kTeams) {
+      if constexpr (kFew) {
+        multiply_few();
+      } else {
+#pragma unroll
+        for (int step = 0; step < STEPS; ++step) multiply_many(step);
+      }
+    }
+    finish_tile(tile);
+  }
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Host
+// ---------------------------------------------------------------------------------------------------------------------
+
+template <int kIdx>
+Status launch(const Args& args, const Config& config, cudaStream_t stream) {
+  constexpr Tile kTile = kTiles[kIdx];
+  const auto kernel = marlin_kernel<kTile.blocks_n, kTile.blocks_m, kTile.warps_n, kTile.warps_m, kTile.teams, kTile.stages>;
+  constexpr int kSmem = kTile.smem_bytes();
+  if (cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kSmem) != cudaSuccess) {
+    return Status::launch_failed;
+  }
+  kernel<<<config.grid, 32 * kTile.warps(), kSmem, stream>>>(args);
+  return cudaGetLastError() == cudaSuccess ? Status::ok : Status::launch_failed;
+}
+
+template <int... kIdx>
+Status launch_any(const Args& args, const Config& config, cudaStream_t stream, std::integer_sequence<int, kIdx...>) {
+  Status status = Status::no_config;
+  ((config.tile_idx == kIdx && (status = launch<kIdx>(args, config, stream), true)) || ...);
+  return status;
+}
+
+}  // namespace
+
+Status run_sm80(const Problem& p, const Config& config, int32_t* locks, float* partials, void* stream) {
+  if (check_shape(p) != Status::ok || (p.group != p.K && p.group % SCALE_K != 0)) return Status::bad_shape;
+  if (p.dtype != DType::f16) return Status::bad_dtype;
+  if (p.M == 0) return Status::ok;
+  const Tile& tile = kTiles[config.tile_idx];
+  const int64_t stages = ceil_div(p.K, STAGE_K);
+  const int64_t token_tiles = ceil_div(p.M, tile.tokens());
+  const int64_t total = stages * token_tiles * ceil_div(p.N, tile.features());
+  Args args{p};
+  args.k_stages = static_cast<int>(stages);
+  args.whole_stages = static_cast<int>(p.K_A / STAGE_K);
+  args.k16_rows = static_cast<int>(p.K / TILE_K);
+  args.k32_rows = static_cast<int>(p.K / SCALE_K);
+  args.token_tiles = static_cast<int>(token_tiles);
+  args.stripe = static_cast<int>(total / config.grid);
+  args.longer = static_cast<int>(total % config.grid);
+  args.n = static_cast<int>(p.N);
+  args.k_a = static_cast<int>(p.K_A);
+  args.lda = static_cast<int>(p.lda);
+  args.group_magic = p.group == p.K ? 0 : static_cast<uint32_t>(ceil_div(int64_t{1} << 32, p.group / 16));
+  args.locks = locks;
+  args.partials = partials;
+  return launch_any(args, config, static_cast<cudaStream_t>(stream), std::make_integer_sequence<int, kNumTiles>());
+}
+
+}  // namespace marlin
+#endif
