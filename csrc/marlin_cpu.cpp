@@ -1,7 +1,7 @@
 // marlin_cpu.cpp: C = A @ dequant(B) + bias on a CPU, in FP32.
 //
-// Depends on marlin.h, layout.h and the C++17 library. bindings.cpp calls it and owns the threads: the product is cut into
-// tasks (tokens x one chunk of features) that depend on the Problem alone, cpu_run computes a range of them.
+// Depends on marlin.h, layout.h and the C++17 library. bindings.cpp calls it and owns the threads: the product is cut
+// into tasks (tokens x one chunk of features) that depend on the Problem alone, cpu_run computes a range of them.
 //
 // The walk is the same for every instruction set; a table of functions (struct Kernels) is what differs:
 //
@@ -70,15 +70,15 @@ struct Kernels {
   void (*store_row)(const float* src, DType dtype, int64_t count, void* dst);
   // W (16 num_k16, features) = the weights of the panel; features in the order of unpacked_feature
   void (*unpack)(const Panel& panel, float* W);
-  // sums (tokens, features) += A (tokens, num_k of kBlockK) W (num_k, features). The block is summed on its own before: a
-  // chain of 128 sums and one of K / 128 lose less than one of K (at K = 4096 a third of the error).
+  // sums (tokens, features) += A (tokens, num_k of kBlockK) W (num_k, features). The block is summed on its own before:
+  // a chain of 128 sums and one of K / 128 lose less than one of K (at K = 4096 a third of the error).
   void (*multiply)(const float* A, const float* W, int tokens, int num_k, float* sums);
   // Both in one for few tokens: the weights live in registers only, a group's sums are scaled instead of its weights.
   void (*direct)(const Panel& panel, const float* A, int tokens, float* sums);
 };
 
-// Panels hold features in the order in which words unpack: of 2V features, position V upper + 4 (g - g_begin) + j is the
-// feature 16 j + 8 upper + g of its chunk (letters as in layout.h).
+// Panels hold features in the order in which words unpack: of 2V features, position V upper + 4 (g - g_begin) + j is
+// the feature 16 j + 8 upper + g of its chunk (letters as in layout.h).
 constexpr int unpacked_feature(int panel_features, int position) {
   const int lanes = panel_features / 2, panel_begin = position / panel_features;
   const int upper = position % panel_features / lanes, v = position % lanes;
@@ -227,8 +227,8 @@ MARLIN_AVX2 void store_row_avx2(const float* src, DType dtype, int64_t count, vo
   store_row_portable(src + i, dtype, count - i, halves + i);
 }
 
-// Begins to load the 128 bytes of a k16 row of a panel. One panel ahead was the best of 32 .. 1024 words: further ahead,
-// lines of the eight rows, which are a power of two apart, push each other out of L1.
+// Begins to load the 128 bytes of a k16 row of a panel. One panel ahead was the best of 32 .. 1024 words: further
+// ahead, lines of the eight rows, which are a power of two apart, push each other out of L1.
 MARLIN_AVX2_INLINE void fetch_avx2(const int32_t* words) {
   for (int line = 0; line < 2; ++line) _mm_prefetch(reinterpret_cast<const char*>(words + 16 * line), _MM_HINT_T0);
 }
@@ -239,9 +239,10 @@ MARLIN_AVX2_INLINE __m256i words_avx2(const int32_t* words, int t) {
   return _mm256_inserti128_si256(_mm256_castsi128_si256(_mm_loadu_si128(quads + t)), _mm_loadu_si128(quads + 4 + t), 1);
 }
 
-// Nibble i of each word, as FP32 q - 8. In place: under the exponent of 2^(23 - 4i) bits 4i .. 4i+3 of the mantissa count
-// ones, so that `magic | nibble` is 2^(23 - 4i) + q. Two logical operations and a subtraction run on three ports, where
-// a shift and a conversion would crowd two. The mantissa has 23 bits: nibbles 5..7 come from the word shifted by 12.
+// Nibble i of each word, as FP32 q - 8. In place: under the exponent of 2^(23 - 4i) bits 4i .. 4i+3 of the mantissa
+// count ones, so that `magic | nibble` is 2^(23 - 4i) + q. Two logical operations and a subtraction run on three ports,
+// where a shift and a conversion would crowd two. The mantissa has 23 bits: nibbles 5..7 come from the word shifted by
+// 12.
 MARLIN_AVX2_INLINE __m256 nibble_avx2(__m256i w, __m256i w12, int i) {
   const int place = i < 5 ? i : i - 3;
   const __m256i mask = _mm256_set1_epi32(15 << 4 * place);
@@ -373,8 +374,8 @@ void direct_avx2(const Panel& panel, const float* A, int tokens, float* sums) {
   }
 }
 
-// 6 x 2 accumulators, 2 weights and an activation are 15 of 16 registers. direct has its weights and masks besides: with 5
-// tokens it is slower than unpack and multiply (2.55 against 2.2 ms).
+// 6 x 2 accumulators, 2 weights and an activation are 15 of 16 registers. direct has its weights and masks besides:
+// with 5 tokens it is slower than unpack and multiply (2.55 against 2.2 ms).
 constexpr Kernels kAvx2 = {2 * kLanesAvx2, 6,          4, load_row_avx2, store_row_avx2, unpack_avx2,
                            multiply_avx2,  direct_avx2};
 
@@ -543,8 +544,8 @@ void direct_avx512(const Panel& panel, const float* A, int tokens, float* sums) 
 }
 // clang-format on
 
-// 14 x 2 accumulators of 32 registers reach 97% of what the multipliers can do. direct wins up to one tile of 10 tokens (1.73
-// against 1.9 ms) and loses with a second one, which unpacks all again.
+// 14 x 2 accumulators of 32 registers reach 97% of what the multipliers can do. direct wins up to one tile of 10 tokens
+// (1.73 against 1.9 ms) and loses with a second one, which unpacks all again.
 constexpr Kernels kAvx512 = {2 * kLanesAvx512, 14,           10, load_row_avx2, store_row_avx2, unpack_avx512,
                              multiply_avx512,  direct_avx512};
 
@@ -554,7 +555,7 @@ constexpr Kernels kAvx512 = {2 * kLanesAvx512, 14,           10, load_row_avx2, 
 // The walk
 // ---------------------------------------------------------------------------------------------------------------------
 
-const Kernels& kernels_of(Isa isa) {
+const Kernels& kernels_of([[maybe_unused]] Isa isa) {
 #if MARLIN_X86
   if (isa == Isa::avx512) return kAvx512;
   if (isa == Isa::avx2) return kAvx2;
@@ -699,8 +700,8 @@ Status cpu_run(const Problem& p, Isa isa, int64_t begin, int64_t end) {
   if (isa > cpu_best_isa()) return Status::no_config;
   const int64_t chunks = p.N / TILE_N, blocks = num_token_blocks(p);
   end = std::min(end, blocks * chunks);
-  // Neighbouring tasks of one token block become one slice, so that A is converted once for all of them. No sum depends on
-  // how features are sliced, so that the bits do not either.
+  // Neighbouring tasks of one token block become one slice, so that A is converted once for all of them. No sum depends
+  // on how features are sliced, so that the bits do not either.
   while (begin < end) {
     const int64_t block = begin / chunks, chunk = begin % chunks;
     const int64_t m_begin = p.M * block / blocks, m_end = p.M * (block + 1) / blocks;
