@@ -24,6 +24,10 @@ sys.path.insert(0, str(Path(__file__).parent))  # PEP 517 front ends do not put 
 import build_tools as tools  # noqa: E402
 
 
+def max_jobs() -> int:
+    return int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1)
+
+
 class BuildExtension(build_ext):
     """Compiles csrc/ with g++ and nvcc side by side, and only what has changed."""
 
@@ -40,7 +44,6 @@ class BuildExtension(build_ext):
     def build_extension(self, ext: Extension) -> None:
         try:
             import torch
-            from torch.utils import cpp_extension
         except ImportError:
             raise tools.BuildError(
                 "marlin: building needs torch in this environment: install torch first, "
@@ -61,56 +64,41 @@ class BuildExtension(build_ext):
         output.parent.mkdir(parents=True, exist_ok=True)
         headers = [*tools.CSRC.glob("*.h")]
         common = ["-O3", "-fPIC", "-fvisibility=hidden", "-Wall", f"-I{tools.CSRC}"]
-        abi = int(torch._C._GLIBCXX_USE_CXX11_ABI)
+        root = Path(torch.__file__).parent
+        includes = [root / "include", root / "include" / "torch" / "csrc" / "api" / "include"]
+        includes.append(Path(sysconfig.get_paths()["include"]))
+        macros = [f"-D_GLIBCXX_USE_CXX11_ABI={int(torch._C._GLIBCXX_USE_CXX11_ABI)}"]
+        libraries = [f"-L{root / 'lib'}", "-lc10", "-ltorch", "-ltorch_cpu", "-ltorch_python"]
 
         jobs: list[tuple[Path, list[Path], list[str]]] = []
 
-        def compile_job(source: str, command: list[str], name: str = "") -> None:
-            target = build_dir / f"{name or source}.o"
+        def add(source: str, command: list[str]) -> None:
+            target = build_dir / f"{source}.o"
             path = tools.CSRC / source
             jobs.append((target, [path, *headers], [*command, "-c", str(path), "-o", str(target)]))
 
-        includes = cpp_extension.include_paths()
-        from_torch = [f"-isystem{path}" for path in [*includes, sysconfig.get_paths()["include"]]]
-        macros = [f"-D_GLIBCXX_USE_CXX11_ABI={abi}", "-DTORCH_API_INCLUDE_EXTENSION_H"]
-        libraries = [
-            f"-L{Path(torch.__file__).parent / 'lib'}",
-            "-lc10",
-            "-ltorch",
-            "-ltorch_cpu",
-            "-ltorch_python",
-        ]
-        compile_job("marlin_cpu.cpp", [cxx, "-std=c++17", *common])
+        # The kernels come first, since they take longest.
         if plan.with_cuda:
             assert nvcc is not None
             home = tools.cuda_home(nvcc)
             macros.append("-DMARLIN_WITH_CUDA")
-            from_torch.append(f"-isystem{home / 'include'}")
-            library_dirs = [path for path in (home / "lib64", home / "lib") if path.is_dir()]
-            libraries += [f"-L{path}" for path in library_dirs]
+            includes.append(home / "include")
+            libraries += [f"-L{home / name}" for name in ("lib64", "lib")]
             libraries += ["-lc10_cuda", "-ltorch_cuda", "-lcudart"]
+            # One compiler for each architecture, so many at a time.
+            flags = ["-std=c++17", "-O3", "--threads", str(max_jobs())]
+            flags += ["-Xcompiler=-fPIC,-fvisibility=hidden", f"-I{tools.CSRC}"]
             for kernel in tools.KERNELS:
-                # --threads 0: one compiler for each architecture, as many at a time as there are
-                # CPUs.
-                flags = [
-                    "-std=c++17",
-                    "-O3",
-                    "--threads",
-                    "0",
-                    "-Xcompiler=-fPIC,-fvisibility=hidden",
-                    f"-I{tools.CSRC}",
-                ]
                 archs = tools.gencode(tools.kernel_archs(kernel, plan.archs))
                 if archs:
-                    compile_job(kernel, [nvcc, *flags, *archs])
+                    add(kernel, [nvcc, *flags, *archs])
         else:
-            # Without nvcc a kernel file still holds its choice of configurations, which needs no
-            # GPU.
+            # What a kernel file holds without nvcc is its choice of configurations.
             for kernel in tools.KERNELS:
-                compile_job(kernel, [cxx, "-x", "c++", "-std=c++17", *common])
-        compile_job(
-            "bindings.cpp", [cxx, f"-std={found.cxx_standard}", *common, *macros, *from_torch]
-        )
+                add(kernel, [cxx, "-x", "c++", "-std=c++17", *common])
+        from_torch = [f"-isystem{path}" for path in includes]
+        add("bindings.cpp", [cxx, f"-std={found.cxx_standard}", *common, *macros, *from_torch])
+        add("marlin_cpu.cpp", [cxx, "-std=c++17", *common])
 
         self.run_jobs(jobs)
         objects = [target for target, _, _ in jobs]
@@ -123,7 +111,7 @@ class BuildExtension(build_ext):
         """Put the module into the source tree (--inplace) by renaming: who runs the old one keeps
         it whole."""
         for ext in self.extensions:
-            built = Path(self.get_ext_fullpath(ext.name))
+            built = Path(self.build_lib) / self.get_ext_filename(ext.name)
             in_source = Path(self.get_ext_filename(ext.name))
             beside = in_source.with_name(f".{in_source.name}.new")
             shutil.copy2(built, beside)
@@ -140,7 +128,7 @@ class BuildExtension(build_ext):
             subprocess.run(command, check=True)
             target.with_name(target.name + ".cmd").write_text("\n".join(command))
 
-        with ThreadPoolExecutor(int(os.environ.get("MAX_JOBS", os.cpu_count() or 1))) as pool:
+        with ThreadPoolExecutor(max_jobs()) as pool:
             list(pool.map(run, jobs))
 
 
