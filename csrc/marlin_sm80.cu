@@ -42,7 +42,7 @@ struct Tile {
   MARLIN_HD constexpr int stage_bytes() const { return b_bytes() + a_bytes() + s_bytes(); }
   MARLIN_HD constexpr int patch_pitch() const { return 16 * blocks_n + 4; }  // + 4 spreads four tokens over all banks
   // A warp's patch, in which it lays out accumulators as rows of C, a few tokens x its features at a time.
-  MARLIN_HD constexpr int patch_tokens() const { return blocks_m >= 4 && teams > 1 ? 16 : 8; }
+  MARLIN_HD constexpr int patch_tokens() const { return teams == 1 || blocks_m < 4 ? 8 : blocks_n == 2 ? 32 : 16; }
   MARLIN_HD constexpr int patch_floats() const { return patch_tokens() * patch_pitch(); }
   MARLIN_HD constexpr int smem_bytes() const { return teams * stages * stage_bytes() + warps() * patch_floats() * 4; }
 };
@@ -159,6 +159,10 @@ __device__ inline void mma_m16n8k16(float (&c)[4], const uint32_t (&a)[4], const
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 }
 
+// x, but the compiler does not know that: it keeps x in a register instead of making it anew, from the thread's index and
+// the kernel's arguments, in every turn of the loop (40 instructions of 420).
+__device__ inline uint32_t keep(uint32_t x) { return __shfl_sync(0xffffffff, x, threadIdx.x % 32); }
+
 // A barrier among the warps of one team. id 0 is __syncthreads'.
 __device__ inline void named_barrier(int id, int num_threads) {
   asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(num_threads) : "memory");
@@ -272,8 +276,9 @@ __global__ void __launch_bounds__(32 * kWarpsN * kWarpsM * kTeams, 1) marlin_ker
   const int b_row = team_thread / kPiecesB, b_piece = team_thread % kPiecesB;
   const int a_copy_row = team_thread / kPiecesA, a_piece = team_thread % kPiecesA;
   const int s_row = team_thread / kPiecesS, s_piece = team_thread % kPiecesS;
-  const uint32_t a_wr = kAOffset + a_copy_row * 128 + ((a_piece ^ (a_copy_row & 7)) << 4);
-  const uint32_t b_row_bytes = 8 * args.n, s_row_bytes = 2 * args.n, a_row_bytes = 2 * args.lda;  // run_sm80 checks
+  const uint32_t a_wr = keep(kAOffset + a_copy_row * 128 + ((a_piece ^ (a_copy_row & 7)) << 4));
+  const uint32_t b_wr = keep(team_thread * 16);  // and where it puts s, behind kSOffset
+  const uint32_t b_row_bytes = keep(8 * args.n), a_row_bytes = keep(2 * args.lda), s_row_bytes = 2 * args.n;
 
   int load_tile, load_k;     // the stage to load next
   int load_k_end;            // where this tile ends, or the stripe
@@ -310,11 +315,11 @@ __global__ void __launch_bounds__(32 * kWarpsN * kWarpsM * kTeams, 1) marlin_ker
     if (part == 0) {
 #pragma unroll
       for (int i = 0; i < STEPS; i += kRowsB) {
-        if (b_rows > 0 && whole) cp_async16(stage_wr + team_thread * 16 + i * kPiecesB * 16, b_gmem + i * b_row_bytes);
+        if (b_rows > 0 && whole) cp_async16(stage_wr + b_wr + i * kPiecesB * 16, b_gmem + i * b_row_bytes);
       }
       if (s_mine) {  // past the end of K the last row, whose products are zero
         const uint32_t k32 = min(load_k * SCALE_ROWS + s_row, args.k32_rows - 1);
-        cp_async16(stage_wr + kSOffset + team_thread * 16, s_gmem + __umulhi(2 * k32, args.group_magic) * s_row_bytes);
+        cp_async16(stage_wr + b_wr + kSOffset, s_gmem + __umulhi(2 * k32, args.group_magic) * s_row_bytes);
       }
       return;
     }
@@ -327,7 +332,7 @@ __global__ void __launch_bounds__(32 * kWarpsN * kWarpsM * kTeams, 1) marlin_ker
     if (!whole) {
 #pragma unroll 1
       for (int i = 0; i < min(STEPS, b_rows - load_k * STEPS); i += kRowsB) {
-        cp_async16(stage_wr + team_thread * 16 + i * kPiecesB * 16, b_gmem + i * b_row_bytes);
+        cp_async16(stage_wr + b_wr + i * kPiecesB * 16, b_gmem + i * b_row_bytes);
       }
       const int bytes = 2 * max(0, min(8, args.k_a - load_k * STAGE_K - a_piece * 8));  // zeros behind the last column
 #pragma unroll 1
@@ -352,8 +357,8 @@ __global__ void __launch_bounds__(32 * kWarpsN * kWarpsM * kTeams, 1) marlin_ker
   };
 
   const int chunk = warp_n * kBlocksN / 4, chunk_half = warp_n * kBlocksN % 4 / 2;  // of the stage, this warp's
-  const uint32_t b_rd = chunk * 512 + lane * 16 + chunk_half * 8;
-  const uint32_t s_rd = kSOffset + chunk * 128 + g * 16 + chunk_half * 8;
+  const uint32_t b_rd = keep(chunk * 512 + lane * 16 + chunk_half * 8);
+  const uint32_t s_rd = keep(kSOffset + chunk * 128 + g * 16 + chunk_half * 8);
   float acc[kBlocksN][kBlocksM][4];  // (m16 blocks, n8 blocks, features g and g + 8 x tokens 2t and 2t + 1)
 
   // ---- load fragments, dequantise, multiply: few tokens ------------------------------------------------------------
@@ -440,7 +445,7 @@ __global__ void __launch_bounds__(32 * kWarpsN * kWarpsM * kTeams, 1) marlin_ker
 
   // ldmatrix: lane l points at row l % 8 of matrix l / 8; matrices: k 0-7, k 8-15, then the next n8 block
   const int a_row = warp_m * 8 * kBlocksM + lane / 16 * 8 + lane % 8;
-  const uint32_t a_rd = kAOffset + a_row * 128 + (((lane / 8 % 2) ^ (lane % 8)) << 4);
+  const uint32_t a_rd = keep(kAOffset + a_row * 128 + (((lane / 8 % 2) ^ (lane % 8)) << 4));
   auto load_a = [&](int index) {  // counted from the stage's first
     const int buffer = index % kBuffers, step = index / kPairs % STEPS, pair = index % kPairs;
     ldmatrix_x4(a_frag[buffer][0], a_frag[buffer][1], stage_rd + (a_rd ^ (step << 5)) + pair * 2048);
@@ -576,7 +581,7 @@ __global__ void __launch_bounds__(32 * kWarpsN * kWarpsM * kTeams, 1) marlin_ker
     __syncthreads();
     if (!is_last) return;
     const int vectors = tokens_here * (kFeatures / 4);
-    constexpr int kBatch = kFew ? 1 : 4;  // loads in flight: a round trip to L2 takes most of a microsecond
+    constexpr int kBatch = kFew ? 1 : 8;  // loads in flight: a round trip to L2 takes most of a microsecond
     for (int base = threadIdx.x; base < vectors; base += kBatch * kThreads) {
       float4 sum[kBatch];
 #pragma unroll
