@@ -223,7 +223,7 @@ def _replace(aside: pathlib.Path, target: pathlib.Path) -> None:
         os.rename(target, retired)
     try:
         os.rename(aside, target)
-    except OSError:
+    except BaseException:  # an interrupt too
         if retired is not None:
             os.rename(retired, target)
         raise
