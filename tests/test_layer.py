@@ -44,6 +44,8 @@ SIZES += [(17, 1, 16), (1, 1, -1), (31, 127, 32), (130, 65, 128), (128, 64, 128)
 @pytest.mark.parametrize("k, n, groupsize", SIZES)
 @pytest.mark.parametrize("bias", [False, True])
 def test_a_packed_layer_computes_the_linear(device, k, n, groupsize, bias):
+    if device == "cuda" and groupsize == 16:
+        pytest.skip("a GPU takes no groups of 16")
     linear, scales = quantised_linear(n, k, groupsize, bias, device)
     layer = marlin.Layer(k, n, groupsize, bias=bias, device=device)
     layer.pack(linear, scales)

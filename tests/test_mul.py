@@ -271,7 +271,7 @@ WRONG_ON_GPU = {
     "workspace on cpu": (lambda a: a.update(workspace=a["workspace"].cpu()), "workspace is on cpu"),
     "group 16": (
         lambda a: a.update(s=a["s"].repeat(4, 1)),
-        "groups of 16 but a GPU takes groups of 32, 64, 128",
+        "s cuts K=256 into groups of 16 but a GPU takes",
     ),
     "B address": (
         lambda a: a.update(B=misaligned(a["B"])),
