@@ -97,7 +97,10 @@ class BuildExtension(build_ext):
             for kernel in tools.KERNELS:
                 add(kernel, [cxx, "-x", "c++", "-std=c++17", *common])
         from_torch = [f"-isystem{path}" for path in includes]
-        add("bindings.cpp", [cxx, f"-std={found.cxx_standard}", *common, *macros, *from_torch])
+        # at::parallel_for is inlined and runs serially without OpenMP. At link it comes from torch.
+        threads = ["-fopenmp"] if sys.platform.startswith("linux") else []
+        standard = f"-std={found.cxx_standard}"
+        add("bindings.cpp", [cxx, standard, *threads, *common, *macros, *from_torch])
         add("marlin_cpu.cpp", [cxx, "-std=c++17", *common])
 
         self.run_jobs(jobs)

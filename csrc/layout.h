@@ -30,12 +30,12 @@
 
 namespace marlin {
 
-constexpr int TILE_K = 16;                // rows of the weight in one row of B
-constexpr int TILE_N = 64;                // features in one chunk
-constexpr int ZERO_POINT = 8;             // the stored value that means 0
+constexpr int TILE_K = 16;                        // rows of the weight in one row of B
+constexpr int TILE_N = 64;                        // features in one chunk
+constexpr int ZERO_POINT = 8;                     // the stored value that means 0
 constexpr int CHUNK_WORDS = TILE_K * TILE_N / 8;  // 8 values in a word
-constexpr int SCALE_RUN = 64;             // grouped scales are permuted inside runs of 64 features
-constexpr int SCALE_RUN_CHANNELWISE = 32; // one group: inside runs of 32
+constexpr int SCALE_RUN = 64;                     // grouped scales are permuted inside runs of 64 features
+constexpr int SCALE_RUN_CHANNELWISE = 32;         // one group: inside runs of 32
 
 struct Nibble {
   int64_t word;  // index into B, counted in int32 over the whole tensor

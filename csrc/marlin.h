@@ -67,8 +67,8 @@ constexpr Status check_shape(const Problem& p) {
 
 enum class Isa : int { portable = 0, avx2 = 1, avx512 = 2 };
 
-Isa cpu_best_isa();                          // the best one that this processor runs
-int64_t cpu_num_tasks(const Problem& p);     // independent pieces of the product
+Isa cpu_best_isa();                       // the best one that this processor runs
+int64_t cpu_num_tasks(const Problem& p);  // independent pieces of the product
 // Computes the tasks [begin, end): the caller spreads them over its threads. Same bits whatever the spreading.
 Status cpu_run(const Problem& p, Isa isa, int64_t begin, int64_t end);
 

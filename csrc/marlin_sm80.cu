@@ -11,6 +11,8 @@
 //   team     kWarpsN x kWarpsM warps, 64 features x 8 kBlocksM tokens each; they share the stages
 //   stripe   all tiles of C, each K / 64 stages long, form one line, cut into equal stripes, one per CTA; a tile cut by the
 //            border of a stripe is summed in FP32 scratch by the CTA that finishes it last, always in the same order
+#include <initializer_list>
+
 #include "marlin.h"
 
 namespace marlin {
@@ -20,10 +22,10 @@ namespace {
 // Configurations
 // ---------------------------------------------------------------------------------------------------------------------
 
-constexpr int STAGE_K = 64;                   // rows of the weight in a pipeline stage
-constexpr int STEPS = STAGE_K / TILE_K;       // k16 steps in it
-constexpr int SCALE_K = 32;                   // rows that certainly share a scale; groups are multiples of it
-constexpr int SCALE_ROWS = STAGE_K / SCALE_K; // rows of scales in a stage
+constexpr int STAGE_K = 64;                    // rows of the weight in a pipeline stage
+constexpr int STEPS = STAGE_K / TILE_K;        // k16 steps in it
+constexpr int SCALE_K = 32;                    // rows that certainly share a scale; groups are multiples of it
+constexpr int SCALE_ROWS = STAGE_K / SCALE_K;  // rows of scales in a stage
 
 struct Tile {
   int blocks_n;  // m16 feature blocks of a warp: 4, or 2 for half a chunk
@@ -47,17 +49,42 @@ struct Tile {
   MARLIN_HD constexpr int smem_bytes() const { return teams * stages * stage_bytes() + warps() * patch_floats() * 4; }
 };
 
-constexpr Tile kTiles[] = {
+// The measured ones: microseconds on an H200 of one stage, of a tile's end, and of a tile's end that is shared with another
+// CTA, fitted to the times of seven Llama shapes at 1 to 8192 tokens (docs/kernel.md).
+struct TileCost {
+  Tile tile;
+  float stage_us, tile_us, shared_us;
+};
+
+constexpr TileCost kTiles[] = {
     // 8 tokens
-    {4, 1, 1, 1, 8, 4}, {4, 1, 1, 1, 16, 3}, {4, 1, 2, 1, 8, 3}, {4, 1, 4, 1, 4, 3}, {4, 1, 1, 1, 8, 3},
+    {{4, 1, 1, 1, 8, 4}, 0.0714f, 0.59f, 1.61f},
+    {{4, 1, 1, 1, 16, 3}, 0.0667f, 1.03f, 1.67f},
+    {{4, 1, 2, 1, 8, 3}, 0.1296f, 0.38f, 2.32f},
+    {{4, 1, 4, 1, 4, 3}, 0.2586f, 0.00f, 2.92f},
+    {{4, 1, 1, 1, 8, 3}, 0.0750f, 0.59f, 1.61f},
     // 16
-    {4, 2, 1, 1, 8, 4}, {4, 2, 1, 1, 12, 3}, {4, 2, 2, 1, 6, 3}, {4, 2, 4, 1, 3, 3}, {4, 2, 1, 1, 8, 2},
+    {{4, 2, 1, 1, 8, 4}, 0.0920f, 1.08f, 1.32f},
+    {{4, 2, 1, 1, 12, 3}, 0.0835f, 1.61f, 1.14f},
+    {{4, 2, 2, 1, 6, 3}, 0.1752f, 1.15f, 1.83f},
+    {{4, 2, 4, 1, 3, 3}, 0.3490f, 1.43f, 2.41f},
+    {{4, 2, 1, 1, 8, 2}, 0.0960f, 1.08f, 1.32f},
     // 32
-    {4, 4, 1, 1, 8, 3}, {4, 4, 4, 1, 3, 4}, {4, 4, 1, 1, 8, 2}, {4, 4, 1, 1, 4, 3},
+    {{4, 4, 1, 1, 8, 3}, 0.1244f, 1.33f, 1.63f},
+    {{4, 4, 4, 1, 3, 4}, 0.4378f, 1.87f, 2.92f},
+    {{4, 4, 1, 1, 8, 2}, 0.1300f, 1.33f, 1.63f},
+    {{4, 4, 1, 1, 4, 3}, 0.1800f, 1.33f, 1.63f},
     // 48, 64
-    {4, 6, 2, 1, 4, 3}, {4, 8, 2, 1, 4, 3}, {4, 8, 2, 1, 4, 2}, {4, 8, 2, 1, 2, 3},
+    {{4, 6, 2, 1, 4, 3}, 0.2972f, 1.87f, 2.24f},
+    {{4, 6, 4, 1, 2, 4}, 0.6072f, 1.66f, 4.43f},
+    {{4, 8, 2, 1, 4, 3}, 0.3762f, 2.10f, 2.33f},
+    {{4, 8, 4, 1, 2, 4}, 0.7505f, 2.61f, 4.49f},
+    {{4, 8, 2, 1, 2, 3}, 0.5000f, 2.10f, 2.33f},
     // 96, 128
-    {2, 12, 4, 1, 2, 4}, {2, 16, 4, 1, 2, 4}, {2, 16, 4, 1, 2, 3}, {2, 16, 4, 1, 1, 4}, {2, 16, 8, 1, 1, 4},
+    {{2, 12, 4, 1, 2, 4}, 0.5327f, 1.63f, 2.95f},
+    {{2, 16, 4, 1, 2, 4}, 0.6862f, 2.59f, 3.14f},
+    {{2, 16, 8, 1, 1, 4}, 1.3479f, 5.54f, 4.35f},
+    {{2, 16, 4, 1, 1, 4}, 0.9000f, 2.59f, 3.14f},
 };
 constexpr int kNumTiles = sizeof(kTiles) / sizeof(kTiles[0]);
 
@@ -65,26 +92,61 @@ constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 }  // namespace
 
-Config make_config(const Problem& p, int tile_idx, int grid) {
-  const Tile& tile = kTiles[tile_idx];
-  const int64_t stages = ceil_div(p.K, STAGE_K);
-  const int64_t total = stages * ceil_div(p.N, tile.features()) * ceil_div(p.M, tile.tokens());
+namespace {
+
+// A tile and a number of CTAs as a Config, and the time that the fit predicts.
+struct Candidate {
   Config config;
-  config.tile_idx = tile_idx;
-  config.features = tile.features();
-  config.tokens = tile.tokens();
-  config.grid = static_cast<int>(total < grid ? total : grid);
-  const bool whole_tiles = total % config.grid == 0 && total / config.grid % stages == 0;
-  config.num_locks = whole_tiles ? 0 : config.grid;
-  config.num_partials = whole_tiles ? 0 : int64_t{2} * config.grid * config.features * config.tokens;
-  return config;
+  float us;
+};
+
+Candidate make_candidate(const Problem& p, int tile_idx, int grid) {
+  constexpr float kStartUs = 2.2f, kBytesPerUs = 4.3e6f;  // of the same fit
+  const TileCost& cost = kTiles[tile_idx];
+  const int features = cost.tile.features(), tokens = cost.tile.tokens();
+  const int64_t stages = ceil_div(p.K, STAGE_K), tiles = ceil_div(p.N, features) * ceil_div(p.M, tokens);
+  const int64_t total = stages * tiles;
+  grid = static_cast<int>(total < grid ? total : grid);
+  const int64_t stripe = ceil_div(total, grid);
+  // the tiles that a CTA shares with others: none, one if every tile is cut alike, else that of either end of its stripe
+  const int shared = tiles % grid == 0 ? 0 : grid % tiles == 0 ? 1 : 2;
+
+  Candidate candidate;
+  candidate.config.tile_idx = tile_idx;
+  candidate.config.features = features;
+  candidate.config.tokens = tokens;
+  candidate.config.grid = grid;
+  candidate.config.num_locks = shared == 0 ? 0 : grid;
+  candidate.config.num_partials = shared == 0 ? 0 : int64_t{2} * grid * features * tokens;
+
+  const float rounds = static_cast<float>(ceil_div(stripe, cost.tile.teams) * cost.tile.teams);
+  const float ends = static_cast<float>(shared == 0 ? stripe / stages : shared + (stripe - 1) / stages);
+  const float compute_us = rounds * cost.stage_us + ends * cost.tile_us;
+  const float memory_us = static_cast<float>(p.K * p.N / 2) / kBytesPerUs;
+  candidate.us = kStartUs + (compute_us > memory_us ? compute_us : memory_us) + shared * cost.shared_us;
+  return candidate;
 }
 
+}  // namespace
+
 Config choose_config_sm80(const Problem& p, const Device& device, const Hints& hints) {
+  Candidate best;
+  if (p.M == 0) return best.config;
+  const bool wished = hints.num_sms != -1;
+  const int most = wished && hints.num_sms < device.num_sms ? hints.num_sms : device.num_sms;
   for (int i = 0; i < kNumTiles; ++i) {
-    if (kTiles[i].tokens() >= p.M || i + 1 == kNumTiles) return make_config(p, i, device.num_sms);
+    const Tile& tile = kTiles[i].tile;
+    if (tile.smem_bytes() > device.smem_bytes) continue;
+    if (hints.tile_n != -1 && tile.features() != hints.tile_n) continue;
+    const int64_t tiles = ceil_div(p.N, tile.features()) * ceil_div(p.M, tile.tokens());
+    int even = most;  // the most CTAs of which each has whole tiles, or each tile the same number of CTAs
+    while (!wished && tiles % even != 0 && even % tiles != 0) --even;
+    for (const int grid : {even, most}) {
+      const Candidate candidate = make_candidate(p, i, grid);
+      if (best.config.tile_idx == -1 || candidate.us < best.us) best = candidate;
+    }
   }
-  return {};
+  return best.config;
 }
 
 }  // namespace marlin
@@ -153,8 +215,8 @@ __device__ inline void ldmatrix_x4(uint32_t (&first)[2], uint32_t (&second)[2], 
 
 // Not volatile: registers in, registers out, free to move.
 __device__ inline void mma_m16n8k16(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
-  asm(
-      "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+  asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, "
+      "%3};"
       : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 }
@@ -227,6 +289,7 @@ struct Args {
   int k16_rows;          // K / 16
   int k32_rows;          // K / 32
   uint32_t group_magic;  // ceil(2^32 / (group / 16)), which divides by __umulhi; 0 for channelwise
+  bool wide_c;           // C takes 8-byte stores
   int32_t* locks;
   float* partials;
 };
@@ -294,7 +357,8 @@ __global__ void __launch_bounds__(32 * kWarpsN * kWarpsM * kTeams, 1) marlin_ker
     if (unit < stripe_end) {
       const int n0 = load_tile / args.token_tiles * kFeatures;
       const int64_t m0 = static_cast<int64_t>(load_tile % args.token_tiles) * kTokens + a_copy_row;
-      b_gmem = static_cast<const char*>(p.B) + (int64_t{load_k} * STEPS + b_row) * b_row_bytes + (n0 * 8 + b_piece * 16);
+      b_gmem =
+          static_cast<const char*>(p.B) + (int64_t{load_k} * STEPS + b_row) * b_row_bytes + (n0 * 8 + b_piece * 16);
       a_gmem = static_cast<const char*>(p.A) + m0 * a_row_bytes + (load_k * STAGE_K + a_piece * 8) * 2;
       s_gmem = static_cast<const char*>(p.s) + (n0 + s_piece * 8) * 2;
       a_rows = static_cast<int>(min(int64_t{kTokens - a_copy_row}, p.M - m0));
@@ -374,7 +438,8 @@ __global__ void __launch_bounds__(32 * kWarpsN * kWarpsM * kTeams, 1) marlin_ker
 #pragma unroll
     for (int i = 0; i < kBlocksM * STEPS / 2; ++i) {  // an n8 block, two steps
       const int step = i % 2 * 2, j = i / 2;
-      ldmatrix_x4(a_frag[step][j], a_frag[step + 1][j], a_row_rd + j * 1024 + (((lane / 8 + 2 * step) ^ (lane % 8)) << 4));
+      ldmatrix_x4(a_frag[step][j], a_frag[step + 1][j],
+                  a_row_rd + j * 1024 + (((lane / 8 + 2 * step) ^ (lane % 8)) << 4));
     }
     load_smem(s_frag, stage_rd + s_rd + kFeatures * 2);
 #pragma unroll
@@ -404,7 +469,8 @@ __global__ void __launch_bounds__(32 * kWarpsN * kWarpsM * kTeams, 1) marlin_ker
     };
     auto start = [&](int half) {
 #pragma unroll
-      for (int i = 0; i < 4 * kBlocksM * 4; ++i) sums[i / (4 * kBlocksM)][i / 4 % kBlocksM][i % 4] = zero[half][i / 4 % kBlocksM][i % 4];
+      for (int i = 0; i < 4 * kBlocksM * 4; ++i)
+        sums[i / (4 * kBlocksM)][i / 4 % kBlocksM][i % 4] = zero[half][i / 4 % kBlocksM][i % 4];
     };
     add_zero(1);
     if (!two_groups) {
@@ -433,15 +499,18 @@ __global__ void __launch_bounds__(32 * kWarpsN * kWarpsM * kTeams, 1) marlin_ker
   };
 
   // ---- the same: many tokens -------------------------------------------------------------------------------------------
-  // A warp reads ahead of its products: the words of the next step, and two ldmatrix of A, two n8 blocks each. The words
-  // of the next step are dequantised between the products of this one, a register at a time: with two warps a
-  // scheduler, a run of conversions would leave the tensor cores idle.
-  constexpr int kPairs = (kBlocksM + 1) / 2, kAhead = kPairs == 1 ? 1 : 2, kBuffers = 2 * kAhead;
-  constexpr int kWaitPair = kPairs - kAhead;  // of the last step: there A's next ldmatrix is the next stage's
-  uint32_t a_frag[kBuffers][2][2];            // (buffers, n8 blocks, k halves)
-  uint32_t b_frag[kBlocksN];                  // (m16 blocks), of the next step
-  uint32_t s_frag[2][kBlocksN];               // (halves of a stage, m16 blocks), pairs of scales: features g and g + 8
-  uint32_t left[2][kBlocksN][4];              // (buffers, m16 blocks, registers): left operands of this and the next step
+  // A step is worked off in chunks of token blocks. In a chunk the left operand changes last: eight products in a row with
+  // the same one run a fifth faster than those that change it each time, as the registers are read less often. A warp reads
+  // ahead of its products: the A of the next chunk, the words of the next step. These words are dequantised between the
+  // products of this step, a register at a time: with two warps a scheduler, a run of conversions would leave the tensor
+  // cores idle.
+  constexpr int kChunks = kBlocksM > 8 ? 2 : 1, kChunkBlocks = kFew ? 2 : kBlocksM / kChunks;
+  constexpr int kPairs = kBlocksM / 2, kChunkPairs = kChunkBlocks / 2;  // ldmatrix brings two n8 blocks
+  constexpr int kBuffers = 2 * kChunkPairs;
+  uint32_t a_frag[kBuffers][2][2];  // (buffers, n8 blocks, k halves)
+  uint32_t b_frag[kBlocksN];        // (m16 blocks), of the next step
+  uint32_t s_frag[2][kBlocksN];     // (halves of a stage, m16 blocks), pairs of scales: features g and g + 8
+  uint32_t left[2][kBlocksN][4];    // (buffers, m16 blocks, registers): left operands of this and the next step
 
   // ldmatrix: lane l points at row l % 8 of matrix l / 8; matrices: k 0-7, k 8-15, then the next n8 block
   const int a_row = warp_m * 8 * kBlocksM + lane / 16 * 8 + lane % 8;
@@ -455,13 +524,14 @@ __global__ void __launch_bounds__(32 * kWarpsN * kWarpsM * kTeams, 1) marlin_ker
   auto dequantise_part = [&](int step, int part) {  // register part % 4 of word part / 4 of a step
     const int i = part / 4, r = part % 4;
     const half2 scales = as_half2(s_frag[step / 2][i]);
-    left[step % 2][i][r] = as_bits(__hmul2(dequantise(b_frag[i], r), r % 2 == 0 ? __low2half2(scales) : __high2half2(scales)));
+    left[step % 2][i][r] =
+        as_bits(__hmul2(dequantise(b_frag[i], r), r % 2 == 0 ? __low2half2(scales) : __high2half2(scales)));
   };
 
   auto multiply_many = [&](int step) {
     const int next = (step + 1) % STEPS;
-    constexpr int kParts = 4 * kBlocksN, kProducts = kBlocksN * kBlocksM;
-    const int first = step + 1 == STEPS ? kBlocksN * 2 * kWaitPair : 0;  // product before which b_frag is loaded
+    constexpr int kProducts = kBlocksN * kChunkBlocks, kParts = 4 * kBlocksN;
+    const int first_chunk = step + 1 == STEPS ? kChunks - 1 : 0;  // from which on the words of the next step are there
     int part = 0;
     if (step + 1 < STEPS) {
       issue_loads(step);  // into the place that the last wait_for_stage set free
@@ -469,22 +539,25 @@ __global__ void __launch_bounds__(32 * kWarpsN * kWarpsM * kTeams, 1) marlin_ker
     }
     if (step == 1) load_s(1);
 #pragma unroll
-    for (int pair = 0; pair < kPairs; ++pair) {
-      if (step + 1 == STEPS && pair == kWaitPair) {
+    for (int chunk = 0; chunk < kChunks; ++chunk) {
+      if (step + 1 == STEPS && chunk + 1 == kChunks) {  // A's next chunk is the next stage's
         wait_for_stage();
         load_b(0);
         load_s(0);
       }
-      load_a(step * kPairs + pair + kAhead);
+      const int pair0 = step * kPairs + chunk * kChunkPairs;
 #pragma unroll
-      for (int product = 0; product < 2 * kBlocksN; ++product) {
-        // boustrophedon, so that each product has an operand in common with the one before
-        const int i = product / 2, j = product / 2 % 2 ^ product % 2;
-        mma_m16n8k16(acc[i][2 * pair + j], left[step % 2][i], a_frag[(step * kPairs + pair) % kBuffers][j]);
+      for (int product = 0; product < kProducts; ++product) {
+        const int i = product / kChunkBlocks;
+        const int j = i % 2 == 0 ? product % kChunkBlocks : kChunkBlocks - 1 - product % kChunkBlocks;  // to and fro
+        if (product % (2 * kBlocksN) == 0) load_a(pair0 + kChunkPairs + product / (2 * kBlocksN));
+        mma_m16n8k16(acc[i][chunk * kChunkBlocks + j], left[step % 2][i], a_frag[(pair0 + j / 2) % kBuffers][j % 2]);
         // the share of the conversions that is due after this product
-        const int done = pair * 2 * kBlocksN + product + 1 - first;
+        const int done = (chunk - first_chunk) * kProducts + product + 1;
 #pragma unroll
-        for (; part < kParts && part * (kProducts - first) < done * kParts; ++part) dequantise_part(next, part);
+        for (; part < kParts && part * (kChunks - first_chunk) * kProducts < done * kParts; ++part) {
+          dequantise_part(next, part);
+        }
       }
     }
   };
@@ -499,7 +572,7 @@ __global__ void __launch_bounds__(32 * kWarpsN * kWarpsM * kTeams, 1) marlin_ker
       if (!grouped) v[e] *= __half2float(static_cast<const half*>(p.s)[scale_of_channelwise(n + e)]);
       if (p.bias != nullptr && n + e < p.N_C) v[e] += __half2float(static_cast<const half*>(p.bias)[n + e]);
     }
-    if (p.N_C % 4 == 0) {
+    if (args.wide_c) {
       if (n < p.N_C) {
         const half2 lower = __floats2half2_rn(v[0], v[1]), upper = __floats2half2_rn(v[2], v[3]);
         *reinterpret_cast<uint2*>(c_gmem) = make_uint2(as_bits(lower), as_bits(upper));
@@ -514,7 +587,8 @@ __global__ void __launch_bounds__(32 * kWarpsN * kWarpsM * kTeams, 1) marlin_ker
 
   // ---- reduce in the CTA: a few n8 blocks at a time through the patches; each thread gets float4s of rows of C -------------
   auto reduce_in_cta = [&](auto&& consume) {
-    constexpr int kRow = 4 * kBlocksN, kVectors = kTile.patch_tokens() * kRow;  // float4 in a row of a patch, in a patch
+    constexpr int kRow = 4 * kBlocksN,
+                  kVectors = kTile.patch_tokens() * kRow;  // float4 in a row of a patch, in a patch
     // One team: every warp reads back its own patch. Several: all threads share a team-sized set of patches.
     constexpr int kReaders = kTeams == 1 ? 32 : kThreads, kAll = (kTeams == 1 ? 1 : kTeamWarps) * kVectors;
     auto barrier = [&] {
@@ -543,7 +617,8 @@ __global__ void __launch_bounds__(32 * kWarpsN * kWarpsM * kTeams, 1) marlin_ker
         float4 sum = make_float4(0, 0, 0, 0);
 #pragma unroll
         for (int r = 0; r < kTeams; ++r) {
-          sum = add(sum, *reinterpret_cast<const float4*>(patches + (r * kTeamWarps + member) * kPatch + token * kPitch + n));
+          sum = add(
+              sum, *reinterpret_cast<const float4*>(patches + (r * kTeamWarps + member) * kPatch + token * kPitch + n));
         }
         consume(member / kWarpsN * 8 * kBlocksM + 8 * j0 + token, member % kWarpsN * 16 * kBlocksN + n, sum);
       }
@@ -622,7 +697,7 @@ __global__ void __launch_bounds__(32 * kWarpsN * kWarpsM * kTeams, 1) marlin_ker
     load_b(0);
     load_s(0);
 #pragma unroll
-    for (int i = 0; i < kAhead; ++i) load_a(i);
+    for (int i = 0; i < kChunkPairs; ++i) load_a(i);
 #pragma unroll
     for (int part = 0; part < 4 * kBlocksN; ++part) dequantise_part(0, part);
   }
@@ -648,49 +723,73 @@ __global__ void __launch_bounds__(32 * kWarpsN * kWarpsM * kTeams, 1) marlin_ker
 // ---------------------------------------------------------------------------------------------------------------------
 
 template <int kIdx>
-Status launch(const Args& args, const Config& config, cudaStream_t stream) {
-  constexpr Tile kTile = kTiles[kIdx];
-  const auto kernel = marlin_kernel<kTile.blocks_n, kTile.blocks_m, kTile.warps_n, kTile.warps_m, kTile.teams, kTile.stages>;
+Status launch(const Args& args, int grid, cudaStream_t stream) {
+  constexpr Tile kTile = kTiles[kIdx].tile;
+  const auto kernel =
+      marlin_kernel<kTile.blocks_n, kTile.blocks_m, kTile.warps_n, kTile.warps_m, kTile.teams, kTile.stages>;
   constexpr int kSmem = kTile.smem_bytes();
   if (cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kSmem) != cudaSuccess) {
     return Status::launch_failed;
   }
-  kernel<<<config.grid, 32 * kTile.warps(), kSmem, stream>>>(args);
+  kernel<<<grid, 32 * kTile.warps(), kSmem, stream>>>(args);
   return cudaGetLastError() == cudaSuccess ? Status::ok : Status::launch_failed;
 }
 
 template <int... kIdx>
-Status launch_any(const Args& args, const Config& config, cudaStream_t stream, std::integer_sequence<int, kIdx...>) {
+Status launch_any(const Args& args, int grid, int tile_idx, cudaStream_t stream, std::integer_sequence<int, kIdx...>) {
   Status status = Status::no_config;
-  ((config.tile_idx == kIdx && (status = launch<kIdx>(args, config, stream), true)) || ...);
+  ((tile_idx == kIdx && (status = launch<kIdx>(args, grid, stream), true)) || ...);
   return status;
 }
 
 }  // namespace
 
 Status run_sm80(const Problem& p, const Config& config, int32_t* locks, float* partials, void* stream) {
+  // Offsets inside a tile, and of scales, are 32-bit; the index of a stage in the line is an int.
+  constexpr int64_t kMaxSize = int64_t{1} << 22, kMaxTotal = INT_MAX / 2;
   if (check_shape(p) != Status::ok || (p.group != p.K && p.group % SCALE_K != 0)) return Status::bad_shape;
+  if (p.N > kMaxSize || p.K > kMaxSize || p.lda > kMaxSize || p.K / p.group * p.N > UINT_MAX / 2)
+    return Status::bad_shape;
   if (p.dtype != DType::f16) return Status::bad_dtype;
   if (p.M == 0) return Status::ok;
-  const Tile& tile = kTiles[config.tile_idx];
-  const int64_t stages = ceil_div(p.K, STAGE_K);
+  if (config.tile_idx < 0 || config.tile_idx >= kNumTiles || config.grid < 1) return Status::no_config;
+  const auto aligned = [](const void* pointer, int bytes) { return reinterpret_cast<uintptr_t>(pointer) % bytes == 0; };
+  if (!aligned(p.A, 16) || !aligned(p.B, 16) || !aligned(p.s, 16) || !aligned(p.C, 2)) return Status::bad_alignment;
+  if (p.lda % 8 != 0 && p.M > 1) return Status::bad_alignment;
+
+  const Tile& tile = kTiles[config.tile_idx].tile;
+  const int64_t stages = ceil_div(p.K, STAGE_K), slices = ceil_div(p.N, tile.features());
+  const int64_t max_token_tiles = kMaxTotal / (stages * slices);
   const int64_t token_tiles = ceil_div(p.M, tile.tokens());
-  const int64_t total = stages * token_tiles * ceil_div(p.N, tile.features());
+  if (token_tiles > max_token_tiles) {  // too long a line: one launch after the other
+    const int64_t head = max_token_tiles * tile.tokens();
+    Problem first = p, rest = p;
+    first.M = head;
+    rest.M = p.M - head;
+    rest.A = static_cast<const half*>(p.A) + head * p.lda;
+    rest.C = static_cast<half*>(p.C) + head * p.N_C;
+    const Status status = run_sm80(first, config, locks, partials, stream);
+    return status != Status::ok ? status : run_sm80(rest, config, locks, partials, stream);
+  }
+  const int64_t total = stages * slices * token_tiles;
+  const int grid = static_cast<int>(total < config.grid ? total : config.grid);
   Args args{p};
   args.k_stages = static_cast<int>(stages);
   args.whole_stages = static_cast<int>(p.K_A / STAGE_K);
   args.k16_rows = static_cast<int>(p.K / TILE_K);
   args.k32_rows = static_cast<int>(p.K / SCALE_K);
   args.token_tiles = static_cast<int>(token_tiles);
-  args.stripe = static_cast<int>(total / config.grid);
-  args.longer = static_cast<int>(total % config.grid);
+  args.stripe = static_cast<int>(total / grid);
+  args.longer = static_cast<int>(total % grid);
   args.n = static_cast<int>(p.N);
   args.k_a = static_cast<int>(p.K_A);
   args.lda = static_cast<int>(p.lda);
   args.group_magic = p.group == p.K ? 0 : static_cast<uint32_t>(ceil_div(int64_t{1} << 32, p.group / 16));
+  args.wide_c = p.N_C % 4 == 0 && aligned(p.C, 8);
   args.locks = locks;
   args.partials = partials;
-  return launch_any(args, config, static_cast<cudaStream_t>(stream), std::make_integer_sequence<int, kNumTiles>());
+  return launch_any(args, grid, config.tile_idx, static_cast<cudaStream_t>(stream),
+                    std::make_integer_sequence<int, kNumTiles>());
 }
 
 }  // namespace marlin
