@@ -88,11 +88,12 @@ cpu-bench: build
 
 gpu-check: need-gpu
 	$(PY) -m pytest
-	$(PY) bench/bench.py --host $(ARGS)
+	$(PY) bench/bench.py --host --backend sm80 $(ARGS)
 
 gpu-sanitize: need-gpu
 	for tool in memcheck racecheck synccheck; do \
-	  compute-sanitizer --tool $$tool --error-exitcode 1 $(PY) tests/sanitize.py || exit 1; done
+	  PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool $$tool --kernel-name kns=marlin \
+	    --error-exitcode 1 $(PY) tests/sanitize.py || exit 1; done
 
 clean:
 	rm -rf build dist *.egg-info marlin/_C*.so

@@ -221,6 +221,18 @@ def check_gcc_version(cxx: str, macros: list[str], standard: str) -> None:
         )
 
 
+def shared_cxx_runtime(cxx: str) -> list[str]:
+    """Return the shared libstdc++ of a compiler as a linker's argument, or nothing if it has none.
+
+    There are compilers set up to link libstdc++ statically. With two of them in one process, the
+    first exception that passes from torch to the extension crashes. The library that is named
+    first is the one that is taken.
+    """
+    command = [cxx, "-print-file-name=libstdc++.so.6"]
+    path = subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
+    return [path] if Path(path).is_absolute() else []
+
+
 def stale(output: Path, inputs: list[Path], command: list[str]) -> bool:
     """Return whether output is missing, older than an input, or made by another command."""
     stamp = output.with_name(output.name + ".cmd")

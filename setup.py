@@ -69,6 +69,7 @@ class BuildExtension(build_ext):
         includes.append(Path(sysconfig.get_paths()["include"]))
         macros = [f"-D_GLIBCXX_USE_CXX11_ABI={int(torch._C._GLIBCXX_USE_CXX11_ABI)}"]
         libraries = [f"-L{root / 'lib'}", "-lc10", "-ltorch", "-ltorch_cpu", "-ltorch_python"]
+        libraries += tools.shared_cxx_runtime(cxx)
 
         jobs: list[tuple[Path, list[Path], list[str]]] = []
 

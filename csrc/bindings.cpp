@@ -21,6 +21,7 @@
 #endif
 
 #include <algorithm>
+#include <array>
 #include <atomic>
 #include <cstdlib>
 #include <list>
@@ -289,6 +290,25 @@ LockPool& lock_pool() {
   return *pool;
 }
 
+// choose_config_sm80 tries every tile, which takes longer than a launch: what it said is kept, by thread.
+const Config& config_for(const Problem& p, const Device& device, int index, const Hints& hints) {
+  struct Entry {
+    int64_t M = -1, N = 0, K = 0;
+    int index = 0, tile_n = 0, num_sms = 0;
+    Config config;
+  };
+  thread_local std::array<Entry, 512> cache;
+  const auto mixed = static_cast<uint64_t>(p.M * 0x9e3779b1 + p.N * 0x85ebca77 + p.K * 0xc2b2ae3d + index);
+  Entry& entry = cache[mixed / 64 % cache.size()];
+  if (entry.M != p.M || entry.N != p.N || entry.K != p.K || entry.index != index || entry.tile_n != hints.tile_n ||
+      entry.num_sms != hints.num_sms) {
+    entry = {p.M, p.N, p.K, index, hints.tile_n, hints.num_sms, choose_config_sm80(p, device, hints)};
+    // the caller's hints are wishes only
+    if (entry.config.tile_idx < 0) entry.config = choose_config_sm80(p, device, Hints{});
+  }
+  return entry.config;
+}
+
 void run_on_cuda(const char* op, const Problem& p, const Hints& hints, const Tensor& x) {
   const auto index = static_cast<c10::DeviceIndex>(x.get_device());
   const c10::cuda::CUDAGuard device_guard(index);
@@ -296,8 +316,7 @@ void run_on_cuda(const char* op, const Problem& p, const Hints& hints, const Ten
   const Device& device = device_info(index);
   TORCH_CHECK(device.capability >= 80, op, ": ", x.device(), " has compute capability ", device.capability / 10, ".",
               device.capability % 10, " but should have 8.0 (Ampere) or newer");
-  Config config = choose_config_sm80(p, device, hints);
-  if (config.tile_idx < 0) config = choose_config_sm80(p, device, Hints{});  // the caller's hints are wishes only
+  const Config config = config_for(p, device, index, hints);
   TORCH_CHECK(config.tile_idx >= 0, op, ": ", status_text(Status::no_config), ", ", x.device(), ", for M=", p.M,
               ", N=", p.N, ", K=", p.K, ", group=", p.group);
   int32_t* locks = config.num_locks > 0 ? lock_pool().get(index, stream, config.num_locks) : nullptr;

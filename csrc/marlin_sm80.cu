@@ -8,7 +8,7 @@
 //
 //   CTA      kTeams teams; each team runs through every kTeams-th stage (64 rows of the weight) of the CTA's stripe, with its
 //            own ring of stages in shared memory, and meets the others only when a tile of C ends
-//   team     kWarpsN x kWarpsM warps, 64 features x 8 kBlocksM tokens each; they share the stages
+//   team     kWarpsN x kWarpsM warps, 16 kBlocksN features x 8 kBlocksM tokens each; they share the stages
 //   stripe   all tiles of C, each K / 64 stages long, form one line, cut into equal stripes, one per CTA; a tile cut by the
 //            border of a stripe is summed in FP32 scratch by the CTA that finishes it last, always in the same order
 #include <initializer_list>
@@ -58,41 +58,38 @@ struct TileCost {
 
 constexpr TileCost kTiles[] = {
     // 8 tokens
-    {{4, 1, 1, 1, 8, 4}, 0.0714f, 0.59f, 1.61f},
-    {{4, 1, 1, 1, 16, 3}, 0.0667f, 1.03f, 1.67f},
-    {{4, 1, 2, 1, 8, 3}, 0.1296f, 0.38f, 2.32f},
-    {{4, 1, 4, 1, 4, 3}, 0.2586f, 0.00f, 2.92f},
-    {{4, 1, 1, 1, 8, 3}, 0.0750f, 0.59f, 1.61f},
+    {{4, 1, 1, 1, 8, 4}, 0.0681f, 0.84f, 1.38f},
+    {{4, 1, 1, 1, 16, 3}, 0.0641f, 1.09f, 1.61f},
+    {{4, 1, 2, 1, 8, 3}, 0.1249f, 0.56f, 2.14f},
+    {{4, 1, 4, 1, 4, 3}, 0.2396f, 0.00f, 2.90f},
+    {{4, 1, 1, 1, 8, 3}, 0.0685f, 0.77f, 1.37f},
     // 16
-    {{4, 2, 1, 1, 8, 4}, 0.0920f, 1.08f, 1.32f},
-    {{4, 2, 1, 1, 12, 3}, 0.0835f, 1.61f, 1.14f},
-    {{4, 2, 2, 1, 6, 3}, 0.1752f, 1.15f, 1.83f},
-    {{4, 2, 4, 1, 3, 3}, 0.3490f, 1.43f, 2.41f},
-    {{4, 2, 1, 1, 8, 2}, 0.0960f, 1.08f, 1.32f},
+    {{4, 2, 1, 1, 8, 4}, 0.0846f, 1.47f, 1.07f},
+    {{4, 2, 1, 1, 12, 3}, 0.0776f, 1.75f, 1.05f},
+    {{4, 2, 2, 1, 6, 3}, 0.1558f, 1.48f, 1.62f},
+    {{4, 2, 4, 1, 3, 3}, 0.3208f, 1.93f, 2.06f},
+    {{4, 2, 1, 1, 8, 2}, 0.0933f, 1.12f, 1.22f},
     // 32
-    {{4, 4, 1, 1, 8, 3}, 0.1244f, 1.33f, 1.63f},
-    {{4, 4, 4, 1, 3, 4}, 0.4378f, 1.87f, 2.92f},
-    {{4, 4, 1, 1, 8, 2}, 0.1300f, 1.33f, 1.63f},
-    {{4, 4, 1, 1, 4, 3}, 0.1800f, 1.33f, 1.63f},
+    {{4, 4, 1, 1, 8, 3}, 0.1255f, 1.34f, 1.61f},
+    {{4, 4, 4, 1, 3, 4}, 0.4447f, 1.21f, 3.50f},
+    {{4, 4, 1, 1, 8, 2}, 0.1349f, 0.76f, 2.08f},
+    {{4, 4, 1, 1, 4, 3}, 0.1455f, 1.17f, 1.75f},
     // 48, 64
-    {{4, 6, 2, 1, 4, 3}, 0.2972f, 1.87f, 2.24f},
-    {{4, 6, 4, 1, 2, 4}, 0.6072f, 1.66f, 4.43f},
-    {{4, 8, 2, 1, 4, 3}, 0.3762f, 2.10f, 2.33f},
-    {{4, 8, 4, 1, 2, 4}, 0.7505f, 2.61f, 4.49f},
-    {{4, 8, 2, 1, 2, 3}, 0.5000f, 2.10f, 2.33f},
+    {{4, 6, 2, 1, 4, 3}, 0.2995f, 1.65f, 2.42f},
+    {{4, 6, 4, 1, 2, 4}, 0.6016f, 1.52f, 4.59f},
+    {{4, 8, 2, 1, 4, 3}, 0.3733f, 2.07f, 2.50f},
+    {{4, 8, 4, 1, 2, 4}, 0.7566f, 1.96f, 5.05f},
+    {{4, 8, 2, 1, 2, 3}, 0.4386f, 2.51f, 3.03f},
     // 96, 128
-    {{2, 12, 4, 1, 2, 4}, 0.5327f, 1.63f, 2.95f},
-    {{2, 16, 4, 1, 2, 4}, 0.6862f, 2.59f, 3.14f},
-    {{2, 16, 8, 1, 1, 4}, 1.3479f, 5.54f, 4.35f},
-    {{2, 16, 4, 1, 1, 4}, 0.9000f, 2.59f, 3.14f},
+    {{2, 16, 2, 1, 4, 2}, 0.3630f, 1.84f, 1.82f},
+    {{2, 12, 4, 1, 2, 4}, 0.5334f, 1.31f, 3.28f},
+    {{2, 16, 4, 1, 2, 4}, 0.6918f, 1.62f, 4.01f},
+    {{2, 16, 8, 1, 1, 4}, 1.3542f, 4.87f, 5.03f},
+    {{2, 16, 4, 1, 1, 4}, 0.8067f, 7.52f, 0.00f},
 };
 constexpr int kNumTiles = sizeof(kTiles) / sizeof(kTiles[0]);
 
 constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
-}  // namespace
-
-namespace {
 
 // A tile and a number of CTAs as a Config, and the time that the fit predicts.
 struct Candidate {
@@ -499,11 +496,9 @@ __global__ void __launch_bounds__(32 * kWarpsN * kWarpsM * kTeams, 1) marlin_ker
   };
 
   // ---- the same: many tokens -------------------------------------------------------------------------------------------
-  // A step is worked off in chunks of token blocks. In a chunk the left operand changes last: eight products in a row with
-  // the same one run a fifth faster than those that change it each time, as the registers are read less often. A warp reads
-  // ahead of its products: the A of the next chunk, the words of the next step. These words are dequantised between the
-  // products of this step, a register at a time: with two warps a scheduler, a run of conversions would leave the tensor
-  // cores idle.
+  // A step is worked off in chunks of token blocks, in which the left operand changes last. A warp reads ahead of its
+  // products: the A of the next chunk, the words of the next step. These words are dequantised between the products of this
+  // step, a register at a time: with two warps a scheduler, a run of conversions would leave the tensor cores idle.
   constexpr int kChunks = kBlocksM > 8 ? 2 : 1, kChunkBlocks = kFew ? 2 : kBlocksM / kChunks;
   constexpr int kPairs = kBlocksM / 2, kChunkPairs = kChunkBlocks / 2;  // ldmatrix brings two n8 blocks
   constexpr int kBuffers = 2 * kChunkPairs;
@@ -587,8 +582,7 @@ __global__ void __launch_bounds__(32 * kWarpsN * kWarpsM * kTeams, 1) marlin_ker
 
   // ---- reduce in the CTA: a few n8 blocks at a time through the patches; each thread gets float4s of rows of C -------------
   auto reduce_in_cta = [&](auto&& consume) {
-    constexpr int kRow = 4 * kBlocksN,
-                  kVectors = kTile.patch_tokens() * kRow;  // float4 in a row of a patch, in a patch
+    constexpr int kRow = 4 * kBlocksN, kVectors = kTile.patch_tokens() * kRow;  // float4 of a patch: a row, all
     // One team: every warp reads back its own patch. Several: all threads share a team-sized set of patches.
     constexpr int kReaders = kTeams == 1 ? 32 : kThreads, kAll = (kTeams == 1 ? 1 : kTeamWarps) * kVectors;
     auto barrier = [&] {

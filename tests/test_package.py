@@ -267,3 +267,9 @@ def test_the_sdist_holds_all_that_a_build_needs(tmp_path):
     needed |= {"marlin/__init__.py", "marlin/py.typed", "marlin/_C.pyi"}
     assert needed <= names
     assert not any(name.endswith((".so", ".o")) for name in names)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="names the library as Linux does")
+def test_the_extension_shares_torchs_cxx_runtime():
+    # with a second one, linked statically, an exception that comes from torch crashes the process
+    assert b"libstdc++.so.6" in Path(marlin._C.__file__).read_bytes()
