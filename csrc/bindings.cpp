@@ -8,7 +8,6 @@
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/constant_pad_nd.h>
 #include <ATen/ops/empty.h>
-#include <ATen/ops/zeros.h>
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/csrc/utils/pybind.h>
 #include <torch/library.h>
@@ -232,14 +231,14 @@ const Device& device_info(int index) {
 }
 
 // Zeroed int32 counters for the kernels, which leave them zeroed. The caller's workspace is not used: frameworks re-create
-// such buffers uninitialised, and one that is not zero would hang the kernel.
+// such buffers uninitialised, and one that is not zero would spoil the result.
 //
-// Launches of one stream follow one another, so one buffer serves them all; two streams never share one. A launch that is
-// captured into a graph may be replayed at any time and on any stream, so it must not share with eager launches: each
-// (stream, capture) has its own buffer, allocated and zeroed inside the capture. It thus lives in the graph's private pool
-// for as long as the graph does, whether or not this class still refers to it, and each replay zeroes it first. Two streams
-// forked inside one capture are two keys. What the reference here is for: while the capture lasts, the pool must not give
-// the memory to another tensor of the same graph. It is dropped when the next capture on the stream begins.
+// Launches of one stream follow one another, so one set of counters serves them all; two streams never share one. A launch
+// that is captured into a graph may be replayed at any time and on any stream, so it must not share with eager launches
+// either: each (stream, capture) has a set of its own, two streams forked inside one capture have two. The sets are cut from
+// blocks of CUDA's own allocator, zeroed once and never given back, since nobody tells when the last replay is over: 1 KB
+// for each capture. Torch's allocator would not do: under capture it serves from the graph's private pool, where
+// torch.compile's graphs tolerate nothing that outlives the call, and a set zeroed in each call costs a launch.
 class LockPool {
  public:
   int32_t* get(int device, cudaStream_t stream, int num_locks) {
@@ -251,37 +250,65 @@ class LockPool {
     const std::lock_guard<std::mutex> guard(mutex_);
     // The list is in order of use, so that the usual caller is found at once.
     const auto entry = std::find_if(entries_.begin(), entries_.end(), [&](const Entry& e) {
-      return e.device == device && e.stream == stream && e.capture == capture && e.locks.numel() >= num_locks;
+      return e.device == device && e.stream == stream && e.capture == capture && e.num_locks >= num_locks;
     });
     if (entry != entries_.end()) {
       entries_.splice(entries_.begin(), entries_, entry);
-      return entry->locks.data_ptr<int32_t>();
+      return entry->locks;
     }
-    // Too small eager buffers, and those of captures that are over. One of the capture under way stays: its graph uses it.
-    entries_.remove_if([&](const Entry& e) {
-      return e.device == device && e.stream == stream && (capture == kEager) == (e.capture == kEager) &&
-             (capture == kEager || e.capture != capture);
-    });
-    // 4096 counters are 16 KB: enough for nearly all shapes, so that a buffer hardly ever grows.
-    const auto options = at::TensorOptions().dtype(at::kInt).device(at::kCUDA, static_cast<c10::DeviceIndex>(device));
-    entries_.push_front({device, stream, capture, at::zeros({std::max(num_locks, 4096)}, options)});
-    // A bound for programs that make streams without end. An eager buffer goes back to its own stream's allocator, where
-    // only later work of that stream can get it; a capture under way is among the newest.
-    while (entries_.size() > kMaxEntries) entries_.pop_back();
-    return entries_.front().locks.data_ptr<int32_t>();
+    const int rounded = (num_locks + kGranule - 1) / kGranule * kGranule;
+    entries_.push_front({device, stream, capture, rounded, cut(device, rounded)});
+    // What is forgotten is not reused. A capture under way, and a stream in use, are among the newest.
+    if (entries_.size() > kMaxEntries) entries_.pop_back();
+    return entries_.front().locks;
   }
 
  private:
   static constexpr unsigned long long kEager = 0;  // no capture has this id
+  static constexpr int kGranule = 256;             // counters: 1 KB
+  static constexpr int kBlock = 1 << 18;           // counters: 1 MB
   static constexpr size_t kMaxEntries = 256;
   struct Entry {
     int device;
     cudaStream_t stream;
     unsigned long long capture;
-    Tensor locks;
+    int num_locks;
+    int32_t* locks;
   };
+  struct Block {
+    int device;
+    int num_left;
+    int32_t* next;
+  };
+
+  int32_t* cut(int device, int num_locks) {
+    auto block = std::find_if(blocks_.begin(), blocks_.end(),
+                              [&](const Block& b) { return b.device == device && b.num_left >= num_locks; });
+    if (block == blocks_.end()) {
+      const int size = std::max(num_locks, kBlock);
+      int32_t* memory = nullptr;
+      // Allowed beside a capture by the relaxed mode, and zeroed on a stream that the capture does not know.
+      cudaStreamCaptureMode mode = cudaStreamCaptureModeRelaxed;
+      C10_CUDA_CHECK(cudaThreadExchangeStreamCaptureMode(&mode));
+      cudaStream_t side = nullptr;
+      cudaError_t error = cudaMalloc(&memory, size * sizeof(int32_t));
+      if (error == cudaSuccess) error = cudaStreamCreateWithFlags(&side, cudaStreamNonBlocking);
+      if (error == cudaSuccess) error = cudaMemsetAsync(memory, 0, size * sizeof(int32_t), side);
+      if (error == cudaSuccess) error = cudaStreamSynchronize(side);
+      if (side != nullptr) (void)cudaStreamDestroy(side);
+      C10_CUDA_CHECK(cudaThreadExchangeStreamCaptureMode(&mode));
+      C10_CUDA_CHECK(error);
+      block = blocks_.insert(blocks_.end(), {device, size, memory});
+    }
+    int32_t* const locks = block->next;
+    block->next += num_locks;
+    block->num_left -= num_locks;
+    return locks;
+  }
+
   std::mutex mutex_;
   std::list<Entry> entries_;
+  std::list<Block> blocks_;
 };
 
 LockPool& lock_pool() {

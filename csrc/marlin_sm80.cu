@@ -252,17 +252,6 @@ __device__ inline half2 dequantise(uint32_t word, int r) {  // r is a constant a
   return __hfma2(as_half2(and_or<0x00f000f0, 0x64006400>(word)), kSixteenth, kMinus72);
 }
 
-// For few tokens: q in units of 2^-24, as an fp16 subnormal; two bit operations and a product less. The unit is made good
-// when C is written.
-constexpr uint32_t kMinus8 = 0x80088008;  // -8 in that unit, twice
-constexpr float kUnit = 1 << 24;
-
-__device__ inline uint32_t unpack(uint32_t word, int r) {  // r as in dequantise
-  if (r % 2 == 1) word >>= 8;
-  if (r < 2) return word & 0x000f000f;
-  return as_bits(__hmul2(as_half2(word & 0x00f000f0), as_half2(0x2c002c00)));  // / 16
-}
-
 // ---------------------------------------------------------------------------------------------------------------------
 // Kernel
 // ---------------------------------------------------------------------------------------------------------------------
@@ -423,9 +412,8 @@ __global__ void __launch_bounds__(32 * kWarpsN * kWarpsM * kTeams, 1) marlin_ker
   float acc[kBlocksN][kBlocksM][4];  // (m16 blocks, n8 blocks, features g and g + 8 x tokens 2t and 2t + 1)
 
   // ---- load fragments, dequantise, multiply: few tokens ------------------------------------------------------------
-  // The issue slots decide: 7 instructions a word instead of 13. The sums of a group are scaled, not its weights, and the
-  // zero point is taken off by one product a step, of minus eights with A, from which the group's sums start. In between
-  // a warp just waits: there are four to a scheduler.
+  // The issue slots decide: the sums of a group are scaled, not its weights, which takes 9 instructions a word instead of
+  // 13. In between a warp just waits: there are up to four to a scheduler.
   auto multiply_few = [&] {
     wait_for_stage();
     uint32_t b_frag[STEPS][4], a_frag[STEPS][kBlocksM][2], s_frag[4];
@@ -435,24 +423,14 @@ __global__ void __launch_bounds__(32 * kWarpsN * kWarpsM * kTeams, 1) marlin_ker
 #pragma unroll
     for (int i = 0; i < kBlocksM * STEPS / 2; ++i) {  // an n8 block, two steps
       const int step = i % 2 * 2, j = i / 2;
-      ldmatrix_x4(a_frag[step][j], a_frag[step + 1][j],
-                  a_row_rd + j * 1024 + (((lane / 8 + 2 * step) ^ (lane % 8)) << 4));
+      const int piece = (lane / 8 + 2 * step) ^ (lane % 8);
+      ldmatrix_x4(a_frag[step][j], a_frag[step + 1][j], a_row_rd + j * 1024 + (piece << 4));
     }
     load_smem(s_frag, stage_rd + s_rd + kFeatures * 2);
 #pragma unroll
     for (int part = 0; part < 3; ++part) issue_loads(part);
 
-    const bool two_groups = p.group % STAGE_K != 0;
-    float sums[4][kBlocksM][4], zero[2][kBlocksM][4];  // shapes as acc; (halves of the stage)
-    clear(zero);
-    auto add_zero = [&](int half) {
-      const uint32_t minus8[4] = {kMinus8, kMinus8, kMinus8, kMinus8};
-#pragma unroll
-      for (int j = 0; j < kBlocksM; ++j) {
-        mma_m16n8k16(zero[half][j], minus8, a_frag[2 * half][j]);
-        mma_m16n8k16(zero[half][j], minus8, a_frag[2 * half + 1][j]);
-      }
-    };
+    float sums[4][kBlocksM][4];  // of one group, not yet scaled; shape as acc
     auto add_scaled = [&](const uint32_t (&scales)[4]) {
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
@@ -464,30 +442,20 @@ __global__ void __launch_bounds__(32 * kWarpsN * kWarpsM * kTeams, 1) marlin_ker
         }
       }
     };
-    auto start = [&](int half) {
-#pragma unroll
-      for (int i = 0; i < 4 * kBlocksM * 4; ++i)
-        sums[i / (4 * kBlocksM)][i / 4 % kBlocksM][i % 4] = zero[half][i / 4 % kBlocksM][i % 4];
-    };
-    add_zero(1);
-    if (!two_groups) {
-#pragma unroll
-      for (int i = 0; i < kBlocksM * 4; ++i) zero[0][i / 4][i % 4] = zero[1][i / 4][i % 4];
-    }
-    add_zero(0);
-    start(0);
+    clear(sums);
 #pragma unroll
     for (int step = 0; step < STEPS; ++step) {
-      if (step == 2 && two_groups) {
+      if (step == 2 && p.group % STAGE_K != 0) {  // two groups
         uint32_t first[4];
         load_smem(first, stage_rd + s_rd);
         add_scaled(first);
-        start(1);
+        clear(sums);
       }
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
-        const uint32_t left[4] = {unpack(b_frag[step][i], 0), unpack(b_frag[step][i], 1), unpack(b_frag[step][i], 2),
-                                  unpack(b_frag[step][i], 3)};
+        uint32_t left[4];
+#pragma unroll
+        for (int r = 0; r < 4; ++r) left[r] = as_bits(dequantise(b_frag[step][i], r));
 #pragma unroll
         for (int j = 0; j < kBlocksM; ++j) mma_m16n8k16(sums[i][j], left, a_frag[step][j]);
       }
@@ -500,7 +468,7 @@ __global__ void __launch_bounds__(32 * kWarpsN * kWarpsM * kTeams, 1) marlin_ker
   // products: the A of the next chunk, the words of the next step. These words are dequantised between the products of this
   // step, a register at a time: with two warps a scheduler, a run of conversions would leave the tensor cores idle.
   constexpr int kChunks = kBlocksM > 8 ? 2 : 1, kChunkBlocks = kFew ? 2 : kBlocksM / kChunks;
-  constexpr int kPairs = kBlocksM / 2, kChunkPairs = kChunkBlocks / 2;  // ldmatrix brings two n8 blocks
+  constexpr int kPairs = kFew ? 1 : kBlocksM / 2, kChunkPairs = kChunkBlocks / 2;  // ldmatrix brings two n8 blocks
   constexpr int kBuffers = 2 * kChunkPairs;
   uint32_t a_frag[kBuffers][2][2];  // (buffers, n8 blocks, k halves)
   uint32_t b_frag[kBlocksN];        // (m16 blocks), of the next step
@@ -559,19 +527,17 @@ __global__ void __launch_bounds__(32 * kWarpsN * kWarpsM * kTeams, 1) marlin_ker
 
   // ---- write ---------------------------------------------------------------------------------------------------------
   auto write = [&](int64_t token, int n, float4 sum) {
+    if (n >= p.N_C) return;  // also the features of a tile behind N: they have no scale
     float v[4] = {sum.x, sum.y, sum.z, sum.w};
     half* c_gmem = static_cast<half*>(p.C) + token * p.N_C + n;
 #pragma unroll
     for (int e = 0; e < 4; ++e) {
-      if constexpr (kFew) v[e] *= kUnit;
       if (!grouped) v[e] *= __half2float(static_cast<const half*>(p.s)[scale_of_channelwise(n + e)]);
       if (p.bias != nullptr && n + e < p.N_C) v[e] += __half2float(static_cast<const half*>(p.bias)[n + e]);
     }
     if (args.wide_c) {
-      if (n < p.N_C) {
-        const half2 lower = __floats2half2_rn(v[0], v[1]), upper = __floats2half2_rn(v[2], v[3]);
-        *reinterpret_cast<uint2*>(c_gmem) = make_uint2(as_bits(lower), as_bits(upper));
-      }
+      const half2 lower = __floats2half2_rn(v[0], v[1]), upper = __floats2half2_rn(v[2], v[3]);
+      *reinterpret_cast<uint2*>(c_gmem) = make_uint2(as_bits(lower), as_bits(upper));
     } else {
 #pragma unroll
       for (int e = 0; e < 4; ++e) {
@@ -699,8 +665,9 @@ __global__ void __launch_bounds__(32 * kWarpsN * kWarpsM * kTeams, 1) marlin_ker
   int unit = stripe_begin + team;  // this team's next stage in the line
   for (int tile = stripe_begin / args.k_stages; tile * args.k_stages < stripe_end; ++tile) {
     const int tile_end = min(stripe_end, (tile + 1) * args.k_stages);
+    int rounds = static_cast<int>((tile_end - max(stripe_begin, tile * args.k_stages) + kTeams - 1) / kTeams);
     clear(acc);
-    for (; unit < tile_end; unit += kTeams) {
+    for (; unit < tile_end; unit += kTeams, --rounds) {
       if constexpr (kFew) {
         multiply_few();
       } else {
@@ -708,6 +675,8 @@ __global__ void __launch_bounds__(32 * kWarpsN * kWarpsM * kTeams, 1) marlin_ker
         for (int step = 0; step < STEPS; ++step) multiply_many(step);
       }
     }
+    // A team with a stage less meets its own barrier as often as the others do theirs: racecheck compares the counts.
+    if (kTeams > 1 && kTeamWarps > 1 && rounds > 0) team_barrier();
     finish_tile(tile);
   }
 }
