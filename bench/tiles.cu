@@ -1,0 +1,162 @@
+// tiles.cu: the time of every tile of csrc/marlin_sm80.cu at every shape: what choose_config_sm80's constants are fitted to.
+//
+// Includes the kernel file, to reach all of its table. bench/tiles.py compiles it, runs it, and fits. Prints a line for each
+// K, N, M, tile and number of CTAs: K,N,M,tile,features,tokens,teams,ctas,us. Weights are cold: a graph of launches goes
+// round copies of 256 MB or more in all. Of each timed product 1024 elements are compared with float64.
+#include <algorithm>
+#include <cmath>
+#include <cstdio>
+#include <cstdlib>
+#include <vector>
+
+#include "../csrc/marlin_sm80.cu"
+
+namespace marlin {
+namespace {
+
+constexpr int kGroup = 128;
+constexpr int kSamples = 1024;
+constexpr size_t kColdBytes = size_t{256} << 20;
+constexpr double kErrLimit = 5e-4;  // relative, as everywhere: FP16's rounding alone is 2.8e-4
+
+void check(cudaError_t error) {
+  if (error == cudaSuccess) return;
+  std::fprintf(stderr, "tiles: %s\n", cudaGetErrorString(error));
+  std::exit(1);
+}
+
+__host__ __device__ uint32_t random_word(uint64_t i, uint32_t seed) {
+  uint32_t x = static_cast<uint32_t>(i) * 2654435761u + static_cast<uint32_t>(i >> 32) * 977u + seed;
+  x = (x ^ x >> 16) * 0x85ebca6bu;
+  x = (x ^ x >> 13) * 0xc2b2ae35u;
+  return x ^ x >> 16;
+}
+
+__global__ void fill_words(uint32_t* p, size_t count) {
+  for (size_t i = blockIdx.x * size_t{256} + threadIdx.x; i < count; i += gridDim.x * size_t{256}) {
+    p[i] = random_word(i, 1);
+  }
+}
+
+__global__ void fill_halves(half* p, size_t count, uint32_t seed, float low, float high) {
+  for (size_t i = blockIdx.x * size_t{256} + threadIdx.x; i < count; i += gridDim.x * size_t{256}) {
+    p[i] = __float2half(low + (high - low) * (random_word(i, seed) >> 8) / 16777216.0f);
+  }
+}
+
+// sums[0] += |C - exact|^2, sums[1] += |exact|^2 over one element of C a block.
+__global__ void compare(Problem p, double* sums) {
+  const int64_t m = random_word(2 * blockIdx.x, 7) % p.M, n = random_word(2 * blockIdx.x + 1, 7) % p.N;
+  __shared__ double parts[128];
+  double part = 0;
+  for (int64_t k = threadIdx.x; k < p.K; k += 128) {
+    const Nibble nibble = nibble_of(k, n, p.N);
+    const int q = static_cast<const uint32_t*>(p.B)[nibble.word] >> nibble.shift & 15;
+    const float s = __half2float(static_cast<const half*>(p.s)[k / p.group * p.N + scale_of(n)]);
+    part += static_cast<double>(__half2float(static_cast<const half*>(p.A)[m * p.lda + k])) * ((q - ZERO_POINT) * s);
+  }
+  parts[threadIdx.x] = part;
+  __syncthreads();
+  if (threadIdx.x > 0) return;
+  double exact = 0;
+  for (const double each : parts) exact += each;
+  const double difference = __half2float(static_cast<const half*>(p.C)[m * p.N + n]) - exact;
+  atomicAdd(&sums[0], difference * difference);
+  atomicAdd(&sums[1], exact * exact);
+}
+
+template <typename T>
+T* allocate(size_t count) {
+  T* memory = nullptr;
+  check(cudaMalloc(&memory, count * sizeof(T)));
+  return memory;
+}
+
+int run() {
+  constexpr int kShapes[][2] = {{4096, 4096}, {4096, 6144},  {4096, 28672}, {14336, 4096},
+                                {8192, 8192}, {8192, 57344}, {28672, 8192}};
+  constexpr int kTokens[] = {1, 8, 16, 32, 48, 64, 96, 128, 256, 512, 1024, 2048, 4096, 8192};
+  constexpr size_t kWords = size_t{200} << 20, kScales = size_t{32} << 20;
+  int num_sms = 0, smem_bytes = 0;
+  check(cudaDeviceGetAttribute(&num_sms, cudaDevAttrMultiProcessorCount, 0));
+  check(cudaDeviceGetAttribute(&smem_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, 0));
+  cudaStream_t stream;
+  cudaEvent_t begin, end;
+  check(cudaStreamCreate(&stream));
+  check(cudaEventCreate(&begin));
+  check(cudaEventCreate(&end));
+  uint32_t* const words = allocate<uint32_t>(kWords);
+  half* const scales = allocate<half>(kScales);
+  half* const A = allocate<half>(size_t{8192} * 28672);
+  half* const C = allocate<half>(size_t{8192} * 57344);
+  int32_t* const locks = allocate<int32_t>(4096);
+  float* const partials = allocate<float>(size_t{64} << 20);
+  double* const sums = allocate<double>(2);
+  check(cudaMemsetAsync(locks, 0, 4096 * sizeof(int32_t), stream));
+  fill_words<<<1024, 256, 0, stream>>>(words, kWords);
+  fill_halves<<<1024, 256, 0, stream>>>(scales, kScales, 2, 0.002f, 0.012f);
+  fill_halves<<<1024, 256, 0, stream>>>(A, size_t{8192} * 28672, 3, -1.0f, 1.0f);
+
+  for (const auto& [K, N] : kShapes) {
+    for (const int M : kTokens) {
+      const size_t copy_words = size_t{1} * K * N / 8, copy_scales = size_t{1} * K / kGroup * N;
+      const int launches = M >= 1024 ? 2 : static_cast<int>(std::max<size_t>(2, kColdBytes / (4 * copy_words) + 1));
+      for (int i = 0; i < kNumTiles; ++i) {
+        const Tile& tile = kTiles[i].tile;
+        const int tokens = tile.tokens();
+        const bool fits = M > 128 ? tokens >= 64 : 2 * tokens >= M && (tokens < 2 * M || tokens == 8);
+        if (!fits || tile.smem_bytes() > smem_bytes) continue;
+        const int64_t tiles = ceil_div(N, tile.features()) * ceil_div(M, tokens);
+        int even = num_sms;
+        while (tiles % even != 0 && even % tiles != 0) --even;
+        for (const int ctas : {even, num_sms}) {
+          Problem p{A, words, scales, nullptr, C, M, N, K, K, N, K, kGroup, DType::f16};
+          const Config config = make_candidate(p, i, ctas).config;
+          check(cudaMemsetAsync(C, 0xff, size_t{2} * M * N, stream));  // NaN
+          cudaGraph_t graph;
+          cudaGraphExec_t replay;
+          check(cudaStreamBeginCapture(stream, cudaStreamCaptureModeGlobal));
+          for (int copy = 0; copy < launches; ++copy) {
+            p.B = words + copy * copy_words;
+            p.s = scales + copy * copy_scales;
+            if (run_sm80(p, config, locks, partials, stream) != Status::ok) return 1;
+          }
+          check(cudaStreamEndCapture(stream, &graph));
+          check(cudaGraphInstantiate(&replay, graph, 0));
+          check(cudaGraphLaunch(replay, stream));
+          std::vector<float> us(M >= 1024 ? 3 : 9);
+          for (float& each : us) {
+            check(cudaEventRecord(begin, stream));
+            check(cudaGraphLaunch(replay, stream));
+            check(cudaEventRecord(end, stream));
+            check(cudaStreamSynchronize(stream));
+            check(cudaEventElapsedTime(&each, begin, end));
+            each *= 1e3f / launches;
+          }
+          std::sort(us.begin(), us.end());
+          check(cudaGraphExecDestroy(replay));
+          check(cudaGraphDestroy(graph));
+          double host_sums[2];
+          check(cudaMemsetAsync(sums, 0, sizeof(host_sums), stream));
+          compare<<<kSamples, 128, 0, stream>>>(p, sums);
+          check(cudaMemcpyAsync(host_sums, sums, sizeof(host_sums), cudaMemcpyDeviceToHost, stream));
+          check(cudaStreamSynchronize(stream));
+          if (!(std::sqrt(host_sums[0] / host_sums[1]) <= kErrLimit)) {
+            std::fprintf(stderr, "tiles: tile %d is wrong at K=%d, N=%d, M=%d, %d CTAs\n", i, K, N, M, ctas);
+            return 1;
+          }
+          std::printf("%d,%d,%d,%dx%dx%dx%dx%dx%d,%d,%d,%d,%d,%.2f\n", K, N, M, tile.blocks_n, tile.blocks_m,
+                      tile.warps_n, tile.warps_m, tile.teams, tile.stages, tile.features(), tokens, tile.teams, ctas,
+                      us[us.size() / 2]);
+          if (even == num_sms) break;
+        }
+      }
+    }
+  }
+  return 0;
+}
+
+}  // namespace
+}  // namespace marlin
+
+int main() { return marlin::run(); }
