@@ -4,7 +4,7 @@
 #   make demo        compress a small Llama to 4 bits and measure it; report in build/demo/report.json
 #   make lint        format, lint and types, as CI checks them;  make format  puts the format right
 #   make bench       speed on this GPU;  make gpu-check  all tests, GPU ones with them, then the bench
-#   make cpu-bench   speed on this CPU
+#   make cpu-bench   speed on this CPU;  make gpu-sanitize  the kernels under compute-sanitizer
 #
 #   TORCH=torch==X   the torch to install; pip's own environment variables choose where from
 #   PYTHON=python3   use this interpreter as it is, and install nothing
