@@ -18,7 +18,10 @@ DEFAULT_ARCHS = "8.0;8.6;8.9;9.0"
 
 # The GPUs that a kernel file is compiled for: all that are asked for, unless it is named here.
 # A kernel that uses instructions of one architecture alone names that one ("9.0a").
-KERNELS: dict[str, tuple[str, ...] | None] = {"marlin_sm80.cu": None}
+KERNELS: dict[str, tuple[str, ...] | None] = {
+    "marlin_sm80.cu": None,
+    "marlin_sm90.cu": ("9.0a",),
+}
 
 
 class BuildError(Exception):

@@ -93,6 +93,11 @@ class BuildExtension(build_ext):
                 archs = tools.gencode(tools.kernel_archs(kernel, plan.archs))
                 if archs:
                     add(kernel, [nvcc, *flags, *archs])
+                    macros.append(
+                        f"-DMARLIN_WITH_{Path(kernel).stem.removeprefix('marlin_').upper()}"
+                    )
+                else:  # its choice of configurations alone
+                    add(kernel, [cxx, "-x", "c++", "-std=c++17", *common])
         else:
             # What a kernel file holds without nvcc is its choice of configurations.
             for kernel in tools.KERNELS:

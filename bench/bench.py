@@ -267,6 +267,7 @@ def measure_shape(
 ) -> list[method.Row]:
     """The rows of one shape: cuBLAS and ours for each M, the limit, the error."""
     import marlin
+    from marlin import _C
 
     copies, dense_copies = slabs.copies(K, N, group), slabs.dense_copies(K, N)
     B = view(slabs.words, copies, K // 16, 2 * N)
@@ -275,6 +276,8 @@ def measure_shape(
     reference = dequantise(B[-1], s[-1], group, view(slabs.reference, K, N))
     workspace = torch.zeros(max(1, N // 128 * 16), dtype=torch.int32, device=DEVICE)
     stream = stream_us(library, B, args.replays, args.seconds)
+    overlaps = torch.cuda.get_device_capability() >= (9, 0)  # programmatic dependent launch
+    ticks = torch.zeros(1, device=DEVICE)
     rows = []
     for M in args.M:
         A, C = view(slabs.A, M, K), view(slabs.C, M, N)
@@ -285,13 +288,34 @@ def measure_shape(
         def ours(i: int, A: torch.Tensor = A, C: torch.Tensor = C) -> None:
             marlin.mul(A, B[i], C, s[i], workspace)
 
+        def without_overlap(i: int, call: Launch = ours) -> None:
+            _C.set_cuda_options(backend=args.backend, overlap=False)
+            call(i)
+            _C.set_cuda_options(backend=args.backend)
+
+        # A small kernel between the calls, which overlaps with neither.
+        def tick(i: int) -> None:
+            ticks.add_(1)
+
+        def isolated(i: int, call: Launch = ours) -> None:
+            call(i)
+            tick(i)
+
+        def isolated_without_overlap(i: int, call: Launch = without_overlap) -> None:
+            call(i)
+            tick(i)
+
         # Guesses of the times, only to size the graphs: 4.5 TB/s, or half of the peak.
         compute = 2 * method.math_us(M, N, K, args.tflops)
         calls: list[tuple[Launch, int, float]] = [
             (cublas, dense_copies, max(compute, method.dense_bytes(K, N) / 4.5e6)),
             (ours, copies, max(compute, method.marlin_bytes(K, N, group) / 4.5e6)),
         ]
-        (cublas_time, _), (our_time, graph) = launch_us(calls, args.replays, args.seconds)
+        if overlaps:
+            _, copies_, guess = calls[1]
+            calls += [(without_overlap, copies_, guess), (tick, copies_, 1.5)]
+            calls += [(isolated, copies_, guess), (isolated_without_overlap, copies_, guess)]
+        (cublas_time, _), (our_time, graph), *others = launch_us(calls, args.replays, args.seconds)
 
         C.fill_(float("nan"))
         graph.replay()  # its last launch used the last copy
@@ -299,6 +323,10 @@ def measure_shape(
         limit = method.limit_us(stream, M, N, K, args.tflops)
         row = {"K": K, "N": N, "M": M, "group": group}
         times = {"cublas": cublas_time, "stream": stream, "limit": limit, "marlin": our_time}
+        if overlaps:
+            nopdl, tick_time, alone, alone_nopdl = (time for time, _ in others)
+            times |= {"marlin_nopdl": nopdl, "isolated": alone - tick_time}
+            times["isolated_nopdl"] = alone_nopdl - tick_time
         row |= {name: round(value, 3) for name, value in times.items()}
         row["err"] = float(f"{err:.3g}")
         rows.append(row)
@@ -359,7 +387,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("--shapes", type=method.parse_shapes, default=method.SHAPES, help="KxN,KxN")
     add("--M", type=method.parse_ints, default=method.TOKENS, help="as 1,16,64")
     add("--group", type=method.parse_ints, default=[method.GROUP], help="as 128,-1 (default 128)")
-    add("--backend", choices=["auto", "sm80"], default="auto", help="kernel to force")
+    add("--backend", choices=["auto", "sm80", "sm90"], default="auto", help="kernel to force")
     add("--replays", type=int, default=40, help="of each graph at most (default 40)")
     add("--seconds", type=float, default=0.6, help="for the replays of a row (default 0.6)")
     add("--quick", action="store_true", help="at most 9 replays and 0.15 s a row")

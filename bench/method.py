@@ -50,7 +50,11 @@ DEFAULT_TFLOPS = 800
 GOALS = {
     ("NVIDIA H200", "sm80"): {
         1: 2.6, 8: 2.5, 16: 2.2, 32: 1.6, 64: 1.2, 128: 0.85, 256: 0.6, 1024: 0.55
-    }
+    },
+    ("NVIDIA H200", "auto"): {
+        1: 3.6, 8: 3.5, 16: 3.0, 32: 2.6, 48: 2.4, 64: 2.1, 96: 1.7, 128: 1.42, 256: 1.08,
+        512: 1.0, 1024: 1.01, 2048: 1.03, 4096: 1.02, 8192: 1.02
+    },
 }  # fmt: skip
 
 ROW_FIELDS = ("K", "N", "M", "group", "cublas", "stream", "limit", "marlin", "err")
@@ -357,6 +361,9 @@ def report(results: dict[str, Any], peers: dict[str, Any] | None = None) -> str:
                 values = means(rows, lambda row, idx=idx: others[key(row)][idx]).values()
                 lines.append(_line(label, [f"{v:.2f}" for v in values]))
         lines += ["", *table("frac of limit", rows, frac)]
+        if all("marlin_nopdl" in row for row in rows):
+            nopdl = [row | {"marlin": row["marlin_nopdl"]} for row in rows]
+            lines += ["", *table("without PDL", nopdl, speedup)]
         lines += ["", *table("us", rows, lambda row: row["marlin"])[:-1]]
         lines.append(f"largest relative error {max(row['err'] for row in rows):.2e}")
         if known:

@@ -202,12 +202,36 @@ void run_on_cpu(const char* op, const Problem& p) {
 // CUDA
 // ---------------------------------------------------------------------------------------------------------------------
 
-// Which kernel file runs on a GPU, from MARLIN_BACKEND. With one file, auto and sm80 are the same.
-void check_backend() {
-  const char* name = std::getenv("MARLIN_BACKEND");
-  const std::string backend = name && *name ? name : "auto";
-  TORCH_CHECK_VALUE(backend == "auto" || backend == "sm80", "marlin: MARLIN_BACKEND is '", backend,
-                    "' but should be auto or sm80");
+// What the environment and tests say about the kernels. Read by every call, so that one process can compare.
+enum class Backend : int { automatic = 0, sm80 = 80, sm90 = 90 };
+
+struct CudaOptions {
+  std::atomic<Backend> backend{Backend::automatic};
+  std::atomic<bool> overlap{true};  // programmatic dependent launch
+  std::atomic<int> tile_idx{-1};    // of the backend's table: for tests of each; -1 leaves the choice
+};
+
+Backend backend_of(const std::string& name, const char* what) {
+  if (name == "auto") return Backend::automatic;
+  if (name == "sm80") return Backend::sm80;
+  TORCH_CHECK_VALUE(name == "sm90", what, " is '", name, "' but should be auto, sm80 or sm90");
+  return Backend::sm90;
+}
+
+CudaOptions& cuda_options() {
+  static CudaOptions options;
+  return options;
+}
+
+void read_environment() {
+  const auto text = [](const char* name, const char* otherwise) {
+    const char* value = std::getenv(name);
+    return std::string(value != nullptr && *value != 0 ? value : otherwise);
+  };
+  cuda_options().backend = backend_of(text("MARLIN_BACKEND", "auto"), "marlin: MARLIN_BACKEND");
+  const std::string overlap = text("MARLIN_PDL", "1");
+  TORCH_CHECK_VALUE(overlap == "0" || overlap == "1", "marlin: MARLIN_PDL is '", overlap, "' but should be 0 or 1");
+  cuda_options().overlap = overlap == "1";
 }
 
 #ifdef MARLIN_WITH_CUDA
@@ -317,23 +341,42 @@ LockPool& lock_pool() {
   return *pool;
 }
 
-// choose_config_sm80 tries every tile, which takes longer than a launch: what it said is kept, by thread.
-const Config& config_for(const Problem& p, const Device& device, int index, const Hints& hints) {
+// A kernel file, and its configuration.
+struct Choice {
+  Backend backend;
+  Config config;
+};
+
+// Hopper's own kernel takes what it can; at a few tokens the other one is faster there too (bench/results).
+Choice choose(const Problem& p, const Device& device, const Hints& hints, Backend wish) {
+#ifdef MARLIN_WITH_SM90
+  constexpr int64_t kFewTokens = 16;
+  if (wish == Backend::sm90 || (wish == Backend::automatic && p.M > kFewTokens)) {
+    Config config = choose_config_sm90(p, device, hints);
+    // the caller's hints are wishes only
+    if (config.tile_idx < 0 && hints.tile_idx < 0) config = choose_config_sm90(p, device, Hints{});
+    if (config.tile_idx >= 0 || wish == Backend::sm90) return {Backend::sm90, config};
+  }
+#endif
+  if (wish == Backend::sm90) return {Backend::sm90, {}};
+  Config config = choose_config_sm80(p, device, hints);
+  if (config.tile_idx < 0 && hints.tile_idx < 0) config = choose_config_sm80(p, device, Hints{});
+  return {Backend::sm80, config};
+}
+
+// The choice tries every tile, which takes longer than a launch: what it said is kept, by thread.
+const Choice& choice_for(const Problem& p, const Device& device, int index, const Hints& hints, Backend wish) {
   struct Entry {
-    int64_t M = -1, N = 0, K = 0;
-    int index = 0, tile_n = 0, num_sms = 0;
-    Config config;
+    std::array<int64_t, 9> key{-1};
+    Choice choice;
   };
   thread_local std::array<Entry, 512> cache;
+  const std::array<int64_t, 9> key{
+      p.M, p.N, p.K, p.group, index, hints.tile_n, hints.num_sms, hints.tile_idx, static_cast<int64_t>(wish)};
   const auto mixed = static_cast<uint64_t>(p.M * 0x9e3779b1 + p.N * 0x85ebca77 + p.K * 0xc2b2ae3d + index);
   Entry& entry = cache[mixed / 64 % cache.size()];
-  if (entry.M != p.M || entry.N != p.N || entry.K != p.K || entry.index != index || entry.tile_n != hints.tile_n ||
-      entry.num_sms != hints.num_sms) {
-    entry = {p.M, p.N, p.K, index, hints.tile_n, hints.num_sms, choose_config_sm80(p, device, hints)};
-    // the caller's hints are wishes only
-    if (entry.config.tile_idx < 0) entry.config = choose_config_sm80(p, device, Hints{});
-  }
-  return entry.config;
+  if (entry.key != key) entry = {key, choose(p, device, hints, wish)};
+  return entry.choice;
 }
 
 void run_on_cuda(const char* op, const Problem& p, const Hints& hints, const Tensor& x) {
@@ -343,13 +386,23 @@ void run_on_cuda(const char* op, const Problem& p, const Hints& hints, const Ten
   const Device& device = device_info(index);
   TORCH_CHECK(device.capability >= 80, op, ": ", x.device(), " has compute capability ", device.capability / 10, ".",
               device.capability % 10, " but should have 8.0 (Ampere) or newer");
-  const Config config = config_for(p, device, index, hints);
+  Hints wishes = hints;
+  wishes.tile_idx = cuda_options().tile_idx;
+  const Choice choice = choice_for(p, device, index, wishes, cuda_options().backend);
+  const Config& config = choice.config;
   TORCH_CHECK(config.tile_idx >= 0, op, ": ", status_text(Status::no_config), ", ", x.device(), ", for M=", p.M,
               ", N=", p.N, ", K=", p.K, ", group=", p.group);
   int32_t* locks = config.num_locks > 0 ? lock_pool().get(index, stream, config.num_locks) : nullptr;
   Tensor partials;
   if (config.num_partials > 0) partials = at::empty({config.num_partials}, x.options().dtype(at::kFloat));
-  const Status status = run_sm80(p, config, locks, partials.defined() ? partials.data_ptr<float>() : nullptr, stream);
+  float* const scratch = partials.defined() ? partials.data_ptr<float>() : nullptr;
+#ifdef MARLIN_WITH_SM90
+  const Status status = choice.backend == Backend::sm90
+                            ? run_sm90(p, config, cuda_options().overlap, locks, scratch, stream)
+                            : run_sm80(p, config, locks, scratch, stream);
+#else
+  const Status status = run_sm80(p, config, locks, scratch, stream);
+#endif
   TORCH_CHECK(status == Status::ok, op, ": ", status_text(status),
               status == Status::launch_failed ? std::string(": ") + cudaGetErrorString(cudaGetLastError()) : "");
 }
@@ -541,8 +594,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> layout_tables(int64_t K, int64_t N) {
   return {word, shift, scale, scale_channelwise};
 }
 
+template <Config (*kChoose)(const Problem&, const Device&, const Hints&)>
 pybind11::dict choose_config(int64_t M, int64_t N, int64_t K, int64_t group, int capability, int num_sms,
-                             int smem_bytes, int tile_n, int num_sms_hint) {
+                             int smem_bytes, int tile_n, int num_sms_hint, int tile_idx) {
   Problem p{};
   p.M = M;
   p.N = p.N_C = N;
@@ -550,14 +604,15 @@ pybind11::dict choose_config(int64_t M, int64_t N, int64_t K, int64_t group, int
   p.group = group == -1 ? K : group;
   p.dtype = DType::f16;
   const Status status = check_shape(p);
-  TORCH_CHECK_VALUE(status == Status::ok, "marlin: choose_config_sm80 got M=", M, ", N=", N, ", K=", K,
-                    ", group=", group, ": ", status_text(status));
-  const Config config = choose_config_sm80(p, {capability, num_sms, smem_bytes}, {tile_n, num_sms_hint});
+  TORCH_CHECK_VALUE(status == Status::ok, "marlin: choose_config got M=", M, ", N=", N, ", K=", K, ", group=", group,
+                    ": ", status_text(status));
+  const Config config = kChoose(p, {capability, num_sms, smem_bytes}, {tile_n, num_sms_hint, tile_idx});
   pybind11::dict result;
   result["tile_idx"] = config.tile_idx;
   result["features"] = config.features;
   result["tokens"] = config.tokens;
   result["grid"] = config.grid;
+  result["stripes"] = config.stripes;
   result["num_locks"] = config.num_locks;
   result["num_partials"] = config.num_partials;
   return result;
@@ -604,7 +659,7 @@ TORCH_LIBRARY_IMPL(marlin, ADInplaceOrView, m) { m.impl("mul", mul_counted); }
 
 PYBIND11_MODULE(_C, m) {
   namespace py = pybind11;
-  check_backend();
+  read_environment();
   // The operators once more, without torch.ops' generic reading of arguments, which takes longer than a small product.
   m.def(
       "mul",
@@ -619,9 +674,21 @@ PYBIND11_MODULE(_C, m) {
          std::optional<int64_t> out_features) { return linear_op().call(x, B, s, bias, in_features, out_features); },
       py::call_guard<py::gil_scoped_release>());
   m.def("layout_tables", &layout_tables, py::arg("K"), py::arg("N"));
-  m.def("choose_config_sm80", &choose_config, py::arg("M"), py::arg("N"), py::arg("K"), py::arg("group"),
-        py::arg("capability"), py::arg("num_sms"), py::arg("smem_bytes"), py::arg("tile_n") = -1,
-        py::arg("num_sms_hint") = -1);
+  const auto def_choose = [&m](const char* name, auto function) {
+    m.def(name, function, py::arg("M"), py::arg("N"), py::arg("K"), py::arg("group"), py::arg("capability"),
+          py::arg("num_sms"), py::arg("smem_bytes"), py::arg("tile_n") = -1, py::arg("num_sms_hint") = -1,
+          py::arg("tile_idx") = -1);
+  };
+  def_choose("choose_config_sm80", &choose_config<choose_config_sm80>);
+  def_choose("choose_config_sm90", &choose_config<choose_config_sm90>);
+  m.def(
+      "set_cuda_options",
+      [](const std::string& backend, bool overlap, int tile_idx) {
+        cuda_options().backend = backend_of(backend, "marlin.set_cuda_options: backend");
+        cuda_options().overlap = overlap;
+        cuda_options().tile_idx = tile_idx;
+      },
+      py::arg("backend") = "auto", py::arg("overlap") = true, py::arg("tile_idx") = -1);
   m.def("has_cuda", [] { return kWithCuda; });
   m.def("cpu_isa", [] { return kIsaNames[current_isa().load()]; });
   m.def(

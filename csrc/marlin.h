@@ -84,8 +84,9 @@ struct Device {
 
 // Wishes of the caller; -1 is none.
 struct Hints {
-  int tile_n = -1;   // features per CTA
-  int num_sms = -1;  // CTAs to launch
+  int tile_n = -1;    // features per CTA
+  int num_sms = -1;   // CTAs to launch
+  int tile_idx = -1;  // into the backend's table
 };
 
 struct Config {
@@ -95,11 +96,18 @@ struct Config {
   int grid = 0;              // CTAs
   int num_locks = 0;         // int32 counters that must be zero before, and are zero after
   int64_t num_partials = 0;  // float32 scratch for tiles that several CTAs share
+  int stripes = 0;           // CTAs that share tiles (Hopper)
 };
 
 Config choose_config_sm80(const Problem& p, const Device& device, const Hints& hints);
 
 // Ampere, Ada, and anything newer. FP16. Asynchronous; stream is a cudaStream_t of the current device.
 Status run_sm80(const Problem& p, const Config& config, int32_t* locks, float* partials, void* stream);
+
+Config choose_config_sm90(const Problem& p, const Device& device, const Hints& hints);
+
+// Hopper. FP16. The same; overlap: the kernel may begin while the one before it in the stream still runs (programmatic
+// dependent launch): it reads weights and scales then, and all else when that one has finished.
+Status run_sm90(const Problem& p, const Config& config, bool overlap, int32_t* locks, float* partials, void* stream);
 
 }  // namespace marlin

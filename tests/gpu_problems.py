@@ -5,6 +5,7 @@ Depends on torch and the package.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 from collections.abc import Iterator
@@ -82,14 +83,16 @@ class Case:
     K: int
     N: int
     group: int
-    thread_n: int
     sms: int
+    backend: str
+    tile_idx: int  # into the table of the backend's kernel file
 
 
 class Kind(NamedTuple):
     """What is different about a case for the kernel."""
 
-    tile_idx: int  # into the kernel's table
+    backend: str
+    tile_idx: int
     shared: bool  # whether CTAs share output tiles
     long: bool  # whether a CTA goes round its ring of stages several times
 
@@ -98,30 +101,46 @@ LONG = 64  # pieces of k64 x tile in the stripe of a CTA: twice what any ring ho
 
 
 def cases_of_all_configs() -> dict[Kind, Case]:
-    """The smallest call found for each configuration that this device can choose."""
+    """The smallest call found for each configuration that runs on this device."""
     properties = torch.cuda.get_device_properties(DEVICE)
     device = (
         10 * properties.major + properties.minor,
         properties.multi_processor_count,
         getattr(properties, "shared_memory_per_block_optin", 99 * 1024),  # the least of any
     )
+    sizes = sorted(_candidates(), key=lambda c: c[0] * c[1] * c[2])
     found: dict[Kind, Case] = {}
-    for case in sorted(_candidates(), key=lambda c: c.M * c.K * c.N):
-        config = _C.choose_config_sm80(
-            case.M, case.N, case.K, case.group, *device, case.thread_n, case.sms
-        )
-        if config["tile_idx"] < 0:
-            continue
-        tiles = -(-case.N // config["features"]) * -(-case.M // config["tokens"])
-        long = tiles * -(-case.K // 64) >= LONG * config["grid"]
-        found.setdefault(Kind(config["tile_idx"], config["num_partials"] > 0, long), case)
+    for backend in ("sm80", "sm90"):
+        choose = getattr(_C, f"choose_config_{backend}")
+        for tile_idx in range(MAX_TILES):
+            for M, K, N, group, sms in sizes:
+                hints = {"num_sms_hint": sms, "tile_idx": tile_idx}
+                config = choose(M, N, K, group, *device, **hints)
+                if config["tile_idx"] < 0:
+                    continue
+                tiles = -(-N // config["features"]) * -(-M // config["tokens"])
+                long = tiles * -(-K // 64) >= LONG * config["grid"]
+                kind = Kind(backend, tile_idx, config["num_partials"] > 0, long)
+                found.setdefault(kind, Case(M, K, N, group, sms, backend, tile_idx))
     return found
 
 
-def _candidates() -> Iterator[Case]:
-    for M in (1, 8, 9, 16, 17, 32, 48, 64, 65, 96, 128, 200, 256, 500, 1024, 2048):
-        for K, group in ((256, 64), (1040, -1), (1024, 128), (4096, 32), (4112, -1), (8192, 64)):
-            for N in (64, 192, 320, 512, 1024, 4096, 8192):
-                for thread_n in (-1, 64, 128, 256):
-                    for sms in (-1, 1, 3, 8, 64):
-                        yield Case(M, K, N, group, thread_n, sms)
+@contextlib.contextmanager
+def forced(backend: str, tile_idx: int = -1, overlap: bool = True) -> Iterator[None]:
+    """Calls run on this backend and tile."""
+    _C.set_cuda_options(backend=backend, tile_idx=tile_idx, overlap=overlap)
+    try:
+        yield
+    finally:
+        _C.set_cuda_options()
+
+
+MAX_TILES = 32  # more than any table has
+
+
+def _candidates() -> Iterator[tuple[int, int, int, int, int]]:
+    for M in (1, 9, 33, 65, 130, 300, 1024):
+        for K, group in ((256, 64), (1040, -1), (1024, 128), (4096, 32), (8192, 64)):
+            for N in (64, 192, 320, 1024, 4096):
+                for sms in (-1, 2, 8, 64):
+                    yield M, K, N, group, sms

@@ -5,6 +5,8 @@ Depends on gpu_problems.py. `make gpu-check` runs it; under two minutes on an H2
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import pytest
 import torch
 from gpu_problems import (
@@ -13,6 +15,7 @@ from gpu_problems import (
     Weight,
     bits,
     cases_of_all_configs,
+    forced,
     mul,
     random_A,
     random_weight,
@@ -30,6 +33,18 @@ pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not CAN_RUN, reason="needs a CUDA GPU and a build with the CUDA kernels"),
 ]
+
+# Hopper has a kernel of its own, beside which the other one stays selectable.
+BACKENDS = (
+    ["auto", "sm80"] if CAN_RUN and torch.cuda.get_device_capability() == (9, 0) else ["auto"]
+)
+
+
+@pytest.fixture(autouse=True, params=BACKENDS)
+def backend(request: pytest.FixtureRequest) -> Iterator[str]:
+    with forced(request.param):
+        yield request.param
+
 
 TOKENS = [0, 1, 2, 7, 8, 9, 15, 16, 17, 31, 33, 48, 63, 64, 65, 96, 100, 127, 128, 129]
 TOKENS += [255, 257, 511, 1000]
@@ -170,7 +185,8 @@ def test_every_configuration_is_right() -> None:
     for kind, case in cases_of_all_configs().items():
         A = random_A(case.M, case.K)
         weight = random_weight(case.K, case.N, case.group)
-        C = guarded_mul(A, weight, thread_n=case.thread_n, sms=case.sms)
+        with forced(case.backend, case.tile_idx):
+            C = guarded_mul(A, weight, sms=case.sms)
         err = relative_error(C, A.double() @ weight.dense)
         assert err <= ERR_LIMIT, f"{kind}: {case}"
 
@@ -307,6 +323,17 @@ REPEATED = [
     (100, 2048, 576, 64),
     (129, 4096, 1024, 128),
     (300, 1024, 4096, -1),
+    (20, 4096, 6144, 128),
+    (24, 8192, 8192, 128),
+    (32, 4096, 4096, 64),
+    (48, 14336, 4096, 128),
+    (64, 8192, 1024, 32),
+    (96, 4096, 6144, 128),
+    (128, 8192, 8192, 128),
+    (128, 4096, 28672, 128),
+    (200, 14336, 1024, -1),
+    (256, 4096, 6144, 128),
+    (1000, 2048, 4096, 64),
 ]
 
 
@@ -319,6 +346,35 @@ def test_250_repeats_have_the_same_bits(M: int, K: int, N: int, group: int) -> N
     for _ in range(250):
         num_different += (bits(mul(A, weight)) != expected).sum()
     assert num_different.item() == 0
+
+
+@pytest.mark.parametrize("M", [1, 16, 17, 64, 130, 512])
+def test_a_call_that_overlaps_its_predecessor_sees_what_it_wrote_and_spoils_nothing(M: int) -> None:
+    # each product reads what the one before wrote, and writes what the one before read
+    weights = [random_weight(2048, 2048, 128, seed=seed) for seed in range(4)]
+    start = random_A(M, 2048)
+
+    def chain(rounds: int) -> Tensor:
+        x, y = start.clone(), torch.full_like(start, torch.nan)
+        for i in range(rounds):
+            weight = weights[i % 4]
+            marlin.mul(x, weight.B, y, weight.s, weight.workspace)
+            x, y = y, x
+        return x
+
+    with forced("auto", overlap=False):
+        expected = bits(chain(12))
+    for _ in range(50):
+        assert torch.equal(bits(chain(12)), expected)
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        chain(1)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, stream=stream):
+            x = chain(12)
+        for _ in range(50):
+            graph.replay()
+            assert torch.equal(bits(x), expected)
 
 
 def test_streams_at_once_have_the_same_bits_as_one() -> None:

@@ -1,0 +1,986 @@
+// marlin_sm90.cu: C = A @ dequant(B) on Hopper by wgmma, with the weights dequantised in registers. FP16.
+//
+// Depends on marlin.h and layout.h; bindings.cpp calls choose_config_sm90 and run_sm90. Compile it for sm_90a; a plain C++
+// compiler sees only the host part that needs no CUDA (choose_config_sm90), so that its tests run anywhere.
+//
+// The product is computed transposed, C^T = B^T A^T: the weights are the left operand of wgmma.m64nTk16 (64 features, from
+// registers: the packed words are such operands already), the tokens its right operand, from shared memory, in steps of 8.
+//
+//   CTA        one producer warpgroup, kGroups x kTeams consumer warpgroups, one ring of stages in shared memory
+//   producer   warp 0 copies weights and scales by tensor maps, warp 1 the activations, as far ahead as the ring is deep
+//   group      kGroups warpgroups side by side own 64 kBlocks features each, and all kTokens tokens of the tile
+//   team       kTeams of these take the stages in turn; their sums meet when a tile of C ends
+//   stripe     tiles of C that do not fill a round of all CTAs form one line of stages, cut into equal stripes, one per CTA;
+//              a tile cut by the border of a stripe is summed in FP32, always in the same order, by the CTA that began its
+//              part last. Whole tiles come after the stripes.
+#include <initializer_list>
+
+#include "marlin.h"
+
+namespace marlin {
+namespace {
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Configurations
+// ---------------------------------------------------------------------------------------------------------------------
+
+constexpr int MIN_GROUP = 32;       // rows that certainly share a scale
+constexpr int SMEM_BYTES = 232448;  // that a CTA may use on sm_90
+
+struct Tile {
+  int blocks;  // m64 blocks of a warpgroup: 1, 2 or 4
+  int tokens;
+  int groups;
+  int teams;
+  int cluster;  // CTAs that work on one tile: 1, or 2 that take the stages in turn
+  int steps;    // k16 steps in a stage: 4 or 8
+
+  MARLIN_HD constexpr int features() const { return 64 * blocks * groups; }
+  MARLIN_HD constexpr int stage_k() const { return TILE_K * steps; }
+  MARLIN_HD constexpr int consumers() const { return 128 * groups * teams; }
+  MARLIN_HD constexpr int accumulators() const { return blocks * tokens / 2; }  // of a thread
+  MARLIN_HD constexpr int token_blocks() const { return tokens / 8; }
+  MARLIN_HD constexpr int own_blocks() const { return (token_blocks() + teams - 1) / teams; }  // after the teams' sum
+  MARLIN_HD constexpr int mine_blocks() const { return (own_blocks() + cluster - 1) / cluster; }  // after the cluster's
+  MARLIN_HD constexpr int vectors() const { return mine_blocks() * blocks; }  // of four sums that a thread ends up with
+  MARLIN_HD constexpr int inbox_bytes() const { return cluster == 1 ? 0 : vectors() * consumers() * 16; }
+  MARLIN_HD constexpr int a_bytes() const { return tokens * stage_k() * 2; }
+  MARLIN_HD constexpr int b_bytes() const { return features() * stage_k() / 2; }
+  MARLIN_HD constexpr int s_bytes() const { return features() * stage_k() / MIN_GROUP * 2; }
+  MARLIN_HD constexpr int stage_bytes() const { return a_bytes() + b_bytes() + s_bytes(); }
+  // Of the teams' sums, so many m64 blocks at a time that they take 24 KB at most.
+  MARLIN_HD constexpr int exchange_bytes(int at_once) const { return teams * (teams - 1) * groups * at_once * 2048; }
+  MARLIN_HD constexpr int exchange_blocks() const {
+    int at_once = blocks;
+    while (at_once > 1 && exchange_bytes(at_once) > 24576) at_once /= 2;
+    return at_once;
+  }
+  MARLIN_HD constexpr int patch_pitch() const { return 32 * blocks + 16; }  // + 16 spreads eight tokens over all banks
+  MARLIN_HD constexpr int patch_tokens() const { return mine_blocks() == 1 || blocks == 4 ? 8 : 16; }
+  MARLIN_HD constexpr int patch_bytes() const { return patch_tokens() * patch_pitch(); }
+  MARLIN_HD constexpr int scratch_bytes() const {
+    const int patches = consumers() / 32 * patch_bytes();
+    const int exchange = exchange_bytes(exchange_blocks());
+    return exchange > patches ? exchange : patches;
+  }
+  // As many as fit: what is on its way from memory must outweigh what the teams are working on.
+  MARLIN_HD constexpr int stages() const {
+    const int most = (SMEM_BYTES - 2048 - scratch_bytes() - inbox_bytes()) / stage_bytes();
+    return most < 24 ? most : 24;
+  }
+  // Registers of a thread: what the launch gives all alike, and what producer and consumers have where that is too little.
+  MARLIN_HD constexpr int launch_registers() const { return 512 / (consumers() / 128 + 1) / 8 * 8; }
+  MARLIN_HD constexpr bool moves_registers() const { return accumulators() + 12 * blocks + 44 > launch_registers(); }
+  MARLIN_HD constexpr int producer_registers() const { return 24; }
+  MARLIN_HD constexpr int consumer_registers() const {
+    return (launch_registers() * (consumers() / 128 + 1) - producer_registers()) / (consumers() / 128) / 8 * 8;
+  }
+  MARLIN_HD constexpr int smem_bytes() const {
+    return 1024 + stages() * stage_bytes() + scratch_bytes() + inbox_bytes();
+  }
+};
+
+// The measured ones: microseconds on an H200 of a launch, of a stage, of a tile's end, and of a tile that several clusters
+// share, for each of them; fitted to the times of seven Llama shapes at 1 to 4096 tokens (docs/kernel.md).
+struct TileCost {
+  Tile tile;
+  float start_us, stage_us, tile_us, sharer_us;
+};
+
+constexpr TileCost kTiles[] = {
+    {{4, 16, 1, 3, 1, 8}, 6.20f, 0.5492f, 1.34f, 0.22f},  {{1, 16, 1, 4, 2, 8}, 3.53f, 0.2189f, 1.73f, 0.75f},
+    {{2, 16, 1, 3, 2, 8}, 3.57f, 0.3317f, 1.47f, 0.91f},  {{4, 32, 1, 2, 1, 8}, 5.67f, 0.6435f, 0.96f, 0.61f},
+    {{1, 32, 1, 4, 2, 8}, 2.98f, 0.2417f, 1.99f, 0.57f},  {{2, 32, 1, 3, 2, 8}, 2.92f, 0.3589f, 1.93f, 0.75f},
+    {{2, 48, 1, 3, 2, 8}, 2.83f, 0.4253f, 2.31f, 0.70f},  {{4, 48, 1, 2, 1, 8}, 5.70f, 0.7876f, 0.26f, 0.78f},
+    {{2, 64, 1, 2, 2, 8}, 2.21f, 0.5749f, 0.92f, 1.28f},  {{4, 64, 1, 2, 1, 8}, 3.28f, 0.9520f, 0.00f, 1.51f},
+    {{1, 64, 1, 4, 2, 8}, 2.42f, 0.3439f, 1.55f, 0.90f},  {{2, 96, 1, 2, 2, 8}, 2.43f, 0.6811f, 1.75f, 1.28f},
+    {{2, 96, 2, 1, 1, 8}, 3.50f, 1.2501f, 0.00f, 1.88f},  {{2, 128, 1, 2, 2, 8}, 1.79f, 0.7950f, 2.27f, 1.43f},
+    {{2, 128, 2, 1, 1, 8}, 3.37f, 1.4813f, 0.00f, 2.46f}, {{2, 128, 1, 2, 1, 8}, 1.23f, 0.7967f, 0.00f, 2.32f},
+};
+constexpr int kNumTiles = sizeof(kTiles) / sizeof(kTiles[0]);
+
+constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+constexpr bool takes_group(const Tile& tile, const Problem& p) {
+  if (p.group == p.K || p.group % tile.stage_k() == 0) return true;
+  return p.group >= MIN_GROUP && tile.stage_k() % p.group == 0;
+}
+
+// A tile, the clusters of the grid, and those of them that get a stripe, as a Config, with the time that the fit predicts.
+struct Candidate {
+  Config config;
+  float us;
+};
+
+Candidate make_candidate(const Problem& p, int tile_idx, int clusters, int stripes) {
+  constexpr float kBytesPerUs = 4.3e6f;  // of the same fit
+  const TileCost& cost = kTiles[tile_idx];
+  const Tile& tile = cost.tile;
+  const int64_t tiles = ceil_div(p.N, tile.features()) * ceil_div(p.M, tile.tokens);
+  const int64_t stages = ceil_div(p.K, tile.stage_k() * tile.cluster);
+  const int64_t rounds = tiles / clusters, striped = tiles % clusters;
+  if (stripes > striped * stages) stripes = static_cast<int>(striped * stages);
+  const bool shared = stripes != striped;  // else a stripe is a whole tile
+
+  Candidate candidate;
+  candidate.config.tile_idx = tile_idx;
+  candidate.config.features = tile.features();
+  candidate.config.tokens = tile.tokens;
+  candidate.config.grid = clusters * tile.cluster;
+  candidate.config.stripes = shared ? stripes : 0;
+  candidate.config.num_locks = 2 * candidate.config.stripes * tile.cluster;
+  candidate.config.num_partials =
+      int64_t{2} * candidate.config.stripes * tile.cluster * tile.consumers() * tile.vectors() * 4;
+
+  // clusters that meet in a tile: one, several that each have an equal part of it, or a number more that cut it anywhere
+  int64_t sharers = 0, units = rounds * stages, ends = rounds;
+  if (striped > 0) {
+    sharers = !shared ? 0 : stripes % striped == 0 ? stripes / striped : ceil_div(stripes, striped) + 1;
+    units += ceil_div(striped * stages, stripes);
+    ends += stripes % striped == 0 ? 1 : 2;
+  }
+  const float compute_us = static_cast<float>(units) * cost.stage_us + static_cast<float>(ends) * cost.tile_us;
+  const float memory_us = static_cast<float>(p.K * p.N / 2) / kBytesPerUs;
+  candidate.us =
+      cost.start_us + (compute_us > memory_us ? compute_us : memory_us) + static_cast<float>(sharers) * cost.sharer_us;
+  return candidate;
+}
+
+}  // namespace
+
+Config choose_config_sm90(const Problem& p, const Device& device, const Hints& hints) {
+  Candidate best{{}, 0};
+  if (p.dtype != DType::f16 || device.capability != 90) return best.config;
+  const int sms = hints.num_sms > 0 && hints.num_sms < device.num_sms ? hints.num_sms : device.num_sms;
+  for (int i = 0; i < kNumTiles; ++i) {
+    const Tile& tile = kTiles[i].tile;
+    const int clusters = sms / tile.cluster;
+    if (clusters == 0 || tile.smem_bytes() > device.smem_bytes || !takes_group(tile, p)) continue;
+    if ((hints.tile_n > 0 && hints.tile_n != tile.features()) || (hints.tile_idx >= 0 && hints.tile_idx != i)) continue;
+    const int64_t tiles = ceil_div(p.N, tile.features()) * ceil_div(p.M, tile.tokens);
+    const int striped = static_cast<int>(tiles % clusters);
+    const int even = striped == 0 ? 0 : clusters / striped * striped;  // stripes that end where tiles do
+    for (const int stripes : {even, clusters}) {
+      const Candidate candidate = make_candidate(p, i, clusters, stripes);
+      if (best.config.tile_idx < 0 || candidate.us < best.us) best = candidate;
+      if (striped == 0) break;
+    }
+  }
+  return best.config;
+}
+
+}  // namespace marlin
+
+#ifdef __CUDACC__
+#include <cuda.h>
+#include <cuda_fp16.h>
+#include <cuda_runtime.h>
+
+#include <climits>
+#include <utility>
+
+namespace marlin {
+namespace {
+
+// ---------------------------------------------------------------------------------------------------------------------
+// PTX
+// ---------------------------------------------------------------------------------------------------------------------
+
+__device__ inline uint32_t smem_address(const void* p) { return static_cast<uint32_t>(__cvta_generic_to_shared(p)); }
+
+__device__ inline void barrier_init(uint32_t barrier, int arrivals) {
+  asm volatile("mbarrier.init.shared.b64 [%0], %1;" ::"r"(barrier), "r"(arrivals) : "memory");
+}
+
+__device__ inline void barrier_arrive(uint32_t barrier) {
+  asm volatile("mbarrier.arrive.shared.b64 _, [%0];" ::"r"(barrier) : "memory");
+}
+
+// Arrives, and makes the barrier wait for that many bytes of copies too.
+__device__ inline void barrier_expect(uint32_t barrier, int bytes) {
+  asm volatile("mbarrier.arrive.expect_tx.shared.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
+}
+
+__device__ inline void barrier_wait(uint32_t barrier, int parity) {
+  uint32_t done;
+  do {
+    asm volatile("{ .reg .pred p; mbarrier.try_wait.parity.shared.b64 p, [%1], %2; selp.u32 %0, 1, 0, p; }"
+                 : "=r"(done)
+                 : "r"(barrier), "r"(parity)
+                 : "memory");
+  } while (done == 0);
+}
+
+// A box of a matrix, its corner at column x, row y; what lies outside of the matrix arrives as zeros.
+__device__ inline void copy_box(uint32_t smem, const CUtensorMap& map, int x, int y, uint32_t barrier) {
+  asm volatile(
+      "cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3}], [%4];" ::
+          "r"(smem),
+      "l"(&map), "r"(x), "r"(y), "r"(barrier)
+      : "memory");
+}
+
+template <int kWords>
+__device__ inline void load_smem(uint32_t (&v)[kWords], uint32_t smem) {
+  if constexpr (kWords == 4) {
+    asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(v[0]), "=r"(v[1]), "=r"(v[2]), "=r"(v[3])
+                 : "r"(smem)
+                 : "memory");
+  } else if constexpr (kWords == 2) {
+    asm volatile("ld.shared.v2.u32 {%0, %1}, [%2];" : "=r"(v[0]), "=r"(v[1]) : "r"(smem) : "memory");
+  } else {
+    asm volatile("ld.shared.u32 %0, [%1];" : "=r"(v[0]) : "r"(smem) : "memory");
+  }
+}
+
+__device__ inline void store_smem(uint32_t smem, const float* v) {
+  asm volatile("st.shared.v4.f32 [%0], {%1, %2, %3, %4};" ::"r"(smem), "f"(v[0]), "f"(v[1]), "f"(v[2]), "f"(v[3])
+               : "memory");
+}
+
+__device__ inline void add_smem(float* sum, uint32_t smem) {
+  float v[4];
+  asm volatile("ld.shared.v4.f32 {%0, %1, %2, %3}, [%4];"
+               : "=f"(v[0]), "=f"(v[1]), "=f"(v[2]), "=f"(v[3])
+               : "r"(smem)
+               : "memory");
+#pragma unroll
+  for (int e = 0; e < 4; ++e) sum[e] += v[e];
+}
+
+// Two 8x8 matrices, each held as in the accumulators, stored transposed; lanes 0..15 give the addresses of the rows.
+__device__ inline void store_transposed(uint32_t smem, uint32_t first, uint32_t second) {
+  asm volatile("stmatrix.sync.aligned.m8n8.x2.trans.shared.b16 [%0], {%1, %2};" ::"r"(smem), "r"(first), "r"(second)
+               : "memory");
+}
+
+__device__ inline void named_barrier(int id, int num_threads) {
+  asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(num_threads) : "memory");
+}
+
+// The address of the same place in the shared memory of another CTA of the cluster.
+__device__ inline uint32_t in_cta(uint32_t smem, int rank) {
+  uint32_t address;
+  asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(address) : "r"(smem), "r"(rank));
+  return address;
+}
+
+// Four values into another CTA's shared memory; its barrier counts the bytes.
+__device__ inline void send(uint32_t address, const float* v, uint32_t barrier) {
+  asm volatile(
+      "st.async.shared::cluster.mbarrier::complete_tx::bytes.v4.f32 [%0], {%1, %2, %3, %4}, [%5];" ::"r"(address),
+      "f"(v[0]), "f"(v[1]), "f"(v[2]), "f"(v[3]), "r"(barrier)
+      : "memory");
+}
+
+__device__ inline void barrier_arrive_remote(uint32_t barrier) {
+  asm volatile("mbarrier.arrive.release.cluster.shared::cluster.b64 _, [%0];" ::"r"(barrier) : "memory");
+}
+
+__device__ inline void add_release(int32_t* gmem, int value) {
+  asm volatile("red.add.release.gpu.s32 [%0], %1;" ::"l"(gmem), "r"(value) : "memory");
+}
+
+__device__ inline int load_acquire(const int32_t* gmem) {
+  int value;
+  asm volatile("ld.acquire.gpu.s32 %0, [%1];" : "=r"(value) : "l"(gmem) : "memory");
+  return value;
+}
+
+__device__ inline void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
+__device__ inline void wgmma_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
+template <int kPending>
+__device__ inline void wgmma_wait() {
+  asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(kPending) : "memory");
+}
+
+// Let the next kernel of the stream begin; wait until all of the previous one is done and its memory seen.
+__device__ inline void launch_dependents() { asm volatile("griddepcontrol.launch_dependents;" ::: "memory"); }
+__device__ inline void wait_for_previous_kernel() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
+
+// The operands of the instruction, four accumulators (eight tokens) at a time.
+#define D4(i) "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3])
+#define D8(i) D4(i), D4(i + 4)
+#define D16(i) D8(i), D8(i + 8)
+#define D32(i) D16(i), D16(i + 16)
+#define TEXT4 "%0, %1, %2, %3"
+#define TEXT8 TEXT4 ", %4, %5, %6, %7"
+#define TEXT16 TEXT8 ", %8, %9, %10, %11, %12, %13, %14, %15"
+#define TEXT24 TEXT16 ", %16, %17, %18, %19, %20, %21, %22, %23"
+#define TEXT32 TEXT24 ", %24, %25, %26, %27, %28, %29, %30, %31"
+#define TEXT48 TEXT32 ", %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47"
+#define TEXT64 TEXT48 ", %48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
+#define WGMMA(TOKENS, DS, A, B, ...)                                                                                 \
+  if constexpr (kTokens == TOKENS) {                                                                                 \
+    asm volatile("wgmma.mma_async.sync.aligned.m64n" #TOKENS "k16.f32.f16.f16 {" DS "}, {" A "}, " B ", 1, 1, 1, 0;" \
+                 : __VA_ARGS__                                                                                       \
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));                                              \
+  }
+
+// d += a b: 64 features x kTokens tokens; a from registers, b a descriptor of shared memory.
+template <int kTokens>
+__device__ inline void wgmma(float (&d)[kTokens / 2], const uint32_t (&a)[4], uint64_t b){
+    WGMMA(8, TEXT4, "%4, %5, %6, %7", "%8", D4(0)) WGMMA(16, TEXT8, "%8, %9, %10, %11", "%12", D8(0))
+        WGMMA(32, TEXT16, "%16, %17, %18, %19", "%20", D16(0))
+            WGMMA(48, TEXT24, "%24, %25, %26, %27", "%28", D16(0), D8(16))
+                WGMMA(64, TEXT32, "%32, %33, %34, %35", "%36", D32(0))
+                    WGMMA(96, TEXT48, "%48, %49, %50, %51", "%52", D32(0), D16(32))
+                        WGMMA(128, TEXT64, "%64, %65, %66, %67", "%68", D32(0), D32(32))}
+
+// The right operand: rows (tokens) of 128 bytes, 16-byte pieces permuted as the tensor map's 128-byte swizzle does, eight
+// rows every 1024 bytes. A k16 step further is 32 bytes on: 2 in the descriptor's unit.
+__device__ inline uint64_t tokens_descriptor(uint32_t low) {
+  uint64_t descriptor;
+  asm("mov.b64 %0, {%1, %2};" : "=l"(descriptor) : "r"(low), "n"(0x40000040));
+  return descriptor;
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Dequantise
+// ---------------------------------------------------------------------------------------------------------------------
+
+__device__ inline half2 as_half2(uint32_t bits) { return *reinterpret_cast<half2*>(&bits); }
+__device__ inline uint32_t as_bits(half2 h) { return *reinterpret_cast<uint32_t*>(&h); }
+
+// (word & mask) | bits in one instruction: 0xea is the truth table of (a & b) | c.
+template <uint32_t kMask, uint32_t kBits>
+__device__ inline uint32_t and_or(uint32_t word) {
+  uint32_t r;
+  asm("lop3.b32 %0, %1, %2, %3, 0xea;" : "=r"(r) : "r"(word), "n"(kMask), "n"(kBits));
+  return r;
+}
+
+// The eight weights of a word as a left operand: registers 0 and 2 are feature g (k 2t, 2t + 1, and the same + 8), 1 and 3
+// feature g + 8; scales holds that of g below that of g + 8.
+// 0x6400 is fp16 1024 with a unit of 1 in its lowest bit, so 0x6400 | q is 1024 + q and 0x6400 | q << 4 is 1024 + 16 q.
+__device__ inline void dequantise(uint32_t (&left)[4], uint32_t word, uint32_t scales) {
+  const half2 k1032 = as_half2(0x64086408), kSixteenth = as_half2(0x2c002c00), kMinus72 = as_half2(0xd480d480);
+  const half2 lower = __low2half2(as_half2(scales)), upper = __high2half2(as_half2(scales));
+  const uint32_t next = word >> 8;
+  left[0] = as_bits(__hmul2(__hsub2(as_half2(and_or<0x000f000f, 0x64006400>(word)), k1032), lower));
+  left[1] = as_bits(__hmul2(__hsub2(as_half2(and_or<0x000f000f, 0x64006400>(next)), k1032), upper));
+  left[2] = as_bits(__hmul2(__hfma2(as_half2(and_or<0x00f000f0, 0x64006400>(word)), kSixteenth, kMinus72), lower));
+  left[3] = as_bits(__hmul2(__hfma2(as_half2(and_or<0x00f000f0, 0x64006400>(next)), kSixteenth, kMinus72), upper));
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Kernel
+// ---------------------------------------------------------------------------------------------------------------------
+
+struct Args {
+  CUtensorMap a_map, b_map, s_map;
+  Problem p;
+  int k_stages;      // stages in a tile of C
+  int token_tiles;   // tiles of C along the tokens
+  int slices;        // and along the features
+  int band;          // token tiles that are worked off together, slice by slice
+  int whole_tiles;   // dealt out in rounds
+  int stripes;       // clusters that have one
+  int stripe;        // stages of it ...
+  int longer;        // ... and one more for this many first ones
+  int group_shift;   // rows of scales: stage_k >> shift in a stage, or ...
+  int group_stages;  // ... one in this many stages; 0 for channelwise
+  bool wide_c;       // C takes 16-byte stores
+  int32_t* locks;
+  float* partials;
+};
+
+// Stages [begin, end) of a tile of C.
+struct Segment {
+  int tile, begin, end;
+};
+
+// What a CTA works off, in order: its stripe, then its whole tiles. Producer and consumers walk alike.
+struct Walk {
+  int unit, unit_end;  // of the stripe, counted in stages from the first striped tile
+  int tile;
+
+  int rounds;  // tiles from one whole tile to the next
+
+  __device__ Walk(const Args& args, int cluster, int clusters) {
+    const bool striped = cluster < args.stripes;
+    unit = striped ? cluster * args.stripe + min(cluster, args.longer) : 0;
+    unit_end = striped ? unit + args.stripe + (cluster < args.longer) : 0;
+    tile = cluster;
+    rounds = clusters;
+  }
+
+  __device__ bool more(const Args& args) const { return unit < unit_end || tile < args.whole_tiles; }
+
+  __device__ bool next(const Args& args, Segment& segment) {
+    if (unit < unit_end) {
+      const int index = unit / args.k_stages;
+      segment.tile = args.whole_tiles + index;
+      segment.begin = unit - index * args.k_stages;
+      segment.end = min(args.k_stages, segment.begin + unit_end - unit);
+      unit += segment.end - segment.begin;
+      return true;
+    }
+    if (tile >= args.whole_tiles) return false;
+    segment = {tile, 0, args.k_stages};
+    tile += rounds;
+    return true;
+  }
+};
+
+struct Corner {
+  int n0;
+  int m0;
+};
+
+// Tiles in bands of tokens, in a band slice by slice: what runs at once shares weights and activations in L2.
+__device__ inline Corner corner_of(const Args& args, int tile, int features, int tokens) {
+  const int band_tiles = args.band * args.slices, band = tile / band_tiles, rest = tile - band * band_tiles;
+  const int width = min(args.band, args.token_tiles - band * args.band);
+  return {rest / width * features, (band * args.band + rest % width) * tokens};
+}
+
+template <int kBlocks, int kTokens, int kGroups, int kTeams, int kCluster, int kSteps>
+__global__ void __launch_bounds__(128 * (kGroups * kTeams + 1), 1) marlin_kernel(const __grid_constant__ Args args) {
+  constexpr Tile kTile{kBlocks, kTokens, kGroups, kTeams, kCluster, kSteps};
+  constexpr int kFeatures = kTile.features(), kStageK = kTile.stage_k(), kConsumers = kTile.consumers();
+  constexpr int kABytes = kTile.a_bytes(), kBBytes = kTile.b_bytes(), kABox = kTokens * 128;
+  constexpr int kWarpgroups = kGroups * kTeams, kStages = kTile.stages();
+  static_assert(kSteps % 4 == 0 && kTokens % 8 == 0 && kStages > kTeams && kStages < 31);
+
+  extern __shared__ unsigned char smem[];
+  __shared__ __align__(8) uint64_t full_barriers[kStages], empty_barriers[kStages];
+  __shared__ __align__(8) uint64_t inbox_barriers[2];  // it is full; the other CTA's is free
+  __shared__ int ticket_smem;
+  const uint32_t ring = (smem_address(smem) + 1023) / 1024 * 1024;  // the swizzle counts from multiples of 1024
+  const uint32_t scales = ring + kStages * (kABytes + kBBytes);
+  const uint32_t scratch = scales + kStages * kTile.s_bytes();
+  const uint32_t inbox = scratch + kTile.scratch_bytes();
+  const uint32_t inbox_full = smem_address(inbox_barriers), inbox_free = inbox_full + 8;
+  const uint32_t full = smem_address(full_barriers), empty = smem_address(empty_barriers);
+  const Problem& p = args.p;
+  // shfl: for the compiler, the warp's index is then uniform, and with it all that follows from it
+  const int warp_index = __shfl_sync(0xffffffff, threadIdx.x / 32, 0);
+  const int warpgroup = warp_index / 4, warp = warp_index % 4, lane = threadIdx.x % 32;
+
+  const int cluster = blockIdx.x / kCluster, rank = blockIdx.x % kCluster;
+  // The first warp of the producer sets up the barriers and goes on to copy weights at once.
+  constexpr int kThreads = kConsumers + 128;
+  if (warp_index == kWarpgroups * 4) {
+    if (lane < kStages) {
+      barrier_init(full + 8 * lane, 2);
+      barrier_init(empty + 8 * lane, 4 * kGroups);
+    }
+    if (kCluster > 1 && lane == 31) {
+      barrier_init(inbox_full, 1);
+      barrier_init(inbox_free, kConsumers / 32);
+    }
+    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+    __syncwarp();
+    asm volatile("bar.arrive 0, %0;" ::"n"(kThreads) : "memory");
+  } else {
+    named_barrier(0, kThreads);
+  }
+  if constexpr (kCluster > 1) asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
+  launch_dependents();
+
+  Walk walk(args, cluster, gridDim.x / kCluster);
+  Segment segment;
+
+  // ---- issue next loads ----------------------------------------------------------------------------------------------
+  if (warpgroup == kWarpgroups) {
+    if constexpr (kTile.moves_registers())
+      asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(kTile.producer_registers()));
+    if (lane != 0 || warp > 1) return;
+    int stage = 0, parity = 1;
+    if (warp == 1) wait_for_previous_kernel();  // A may be its output; weights never are
+    while (walk.next(args, segment)) {
+      const Corner corner = corner_of(args, segment.tile, kFeatures, kTokens);
+      for (int k = segment.begin * kCluster + rank; k < segment.end * kCluster; k += kCluster) {
+        barrier_wait(empty + 8 * stage, parity);
+        const uint32_t a_smem = ring + stage * (kABytes + kBBytes), done = full + 8 * stage;
+        if (warp == 0) {
+          const int scale_bytes = args.group_stages == 0 ? 0 : kFeatures * 2 * (kStageK >> args.group_shift);
+          barrier_expect(done, kBBytes + scale_bytes);
+          copy_box(a_smem + kABytes, args.b_map, corner.n0, k * kSteps, done);
+          if (scale_bytes > 0) {
+            const int row = args.group_stages > 1 ? k / args.group_stages : k * (kStageK >> args.group_shift);
+            copy_box(scales + stage * kTile.s_bytes(), args.s_map, corner.n0, row, done);
+          }
+        } else {
+          barrier_expect(done, kABytes);
+#pragma unroll
+          for (int i = 0; i < kSteps / 4; ++i)
+            copy_box(a_smem + i * kABox, args.a_map, k * kStageK + 64 * i, corner.m0, done);
+        }
+        if (++stage == kStages) stage = 0, parity ^= 1;
+      }
+    }
+    return;
+  }
+
+  // ---- consumers -----------------------------------------------------------------------------------------------------
+  if constexpr (kTile.moves_registers())
+    asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(kTile.consumer_registers()));
+  const int team = kTeams == 1 ? 0 : warpgroup / kGroups, group = warpgroup % kGroups, g = lane / 4;
+  const int feature = group * 64 * kBlocks + warp * 16 * kBlocks;  // the warp's first one in the tile
+  const uint32_t b_rd = kABytes + feature / 64 * 512 + lane * 16 + feature % 64 / 16 * 4;
+  const uint32_t s_rd = scales + feature / 64 * 128 + g * 16 + feature % 64 / 16 * 4;
+  const bool grouped = args.group_stages != 0;
+
+  float acc[kBlocks][kTokens / 2];  // (m64 blocks, n8 blocks x (features g, g + 8) x (tokens 2t, 2t + 1))
+  uint32_t left[2][kBlocks][4];     // (buffers, m64 blocks, registers)
+  uint32_t words[2][kBlocks];       // of this step and the next
+  uint32_t s_frag[kBlocks];         // scales of 32 rows: pairs for features g and g + 8
+
+  int stage = team % kStages, parity = team / kStages % 2;  // this team's next one
+  int behind = team;                                        // and how many stages it lies behind the segment's begin
+
+  auto load_words = [&](int at, int step) {
+    load_smem(words[step % 2], ring + at * (kABytes + kBBytes) + step * (kFeatures * 8) + b_rd);
+  };
+  auto load_scales = [&](int at, int half_step) {
+    if (grouped)
+      load_smem(s_frag, s_rd + at * kTile.s_bytes() + (half_step * MIN_GROUP >> args.group_shift) * (kFeatures * 2));
+  };
+#pragma unroll
+  for (int i = 0; i < kBlocks; ++i) s_frag[i] = 0x3c003c00;  // channelwise: ones here, the scales when C is written
+  auto release_before = [&](int at) {                        // the stage that this team read before
+    if (lane == 0) barrier_arrive(empty + 8 * (at < kTeams ? at - kTeams + kStages : at - kTeams));
+  };
+
+  // ---- reduce in the CTA: the teams' sums; afterwards team r has those of token blocks r kOwn ... in its first kOwn ----------
+  constexpr int kOwn = kTile.own_blocks(), kTokenBlocks = kTile.token_blocks();
+  auto reduce_in_cta = [&] {
+    if constexpr (kTeams > 1) {
+      constexpr int kAtOnce = kTile.exchange_blocks();
+      // (owners, other teams, groups, m64 blocks, threads) float4
+      auto slot = [&](int owner, int writer, int i) {
+        const int other = writer < owner ? writer : writer - 1;
+        return scratch + ((((owner * (kTeams - 1) + other) * kGroups + group) * kAtOnce + i % kAtOnce) * 128 +
+                          threadIdx.x % 128) *
+                             16;
+      };
+#pragma unroll
+      for (int round = 0; round < kOwn * kBlocks / kAtOnce; ++round) {
+        const int j = round / (kBlocks / kAtOnce), i0 = round % (kBlocks / kAtOnce) * kAtOnce;
+        named_barrier(1, kConsumers);
+#pragma unroll
+        for (int r = 0; r < kTeams; ++r) {
+          if (r * kOwn + j < kTokenBlocks && team != r) {
+#pragma unroll
+            for (int i = i0; i < i0 + kAtOnce; ++i) store_smem(slot(r, team, i), acc[i] + 4 * (r * kOwn + j));
+          }
+        }
+        named_barrier(1, kConsumers);
+#pragma unroll
+        for (int r = 0; r < kTeams; ++r) {
+          if (r * kOwn + j < kTokenBlocks && team == r) {
+#pragma unroll
+            for (int i = i0; i < i0 + kAtOnce; ++i) {
+              float sum[4];
+#pragma unroll
+              for (int e = 0; e < 4; ++e) sum[e] = acc[i][4 * (r * kOwn + j) + e];
+#pragma unroll
+              for (int other = 0; other < kTeams; ++other) {
+                if (other != r) add_smem(sum, slot(r, other, i));
+              }
+#pragma unroll
+              for (int e = 0; e < 4; ++e) acc[i][4 * j + e] = sum[e];
+            }
+          }
+        }
+      }
+    }
+  };
+
+  // ---- reduce in the cluster: afterwards a CTA has half of the token blocks, in the first kMine -------------------------------
+  constexpr int kMine = kTile.mine_blocks();
+  const int mine_first = rank * kMine, mine_blocks = rank == 0 ? kMine : kOwn - kMine;  // of a team's
+  int inbox_parity = 0;
+  bool first_mail = true;
+  auto reduce_in_cluster = [&] {
+    if constexpr (kCluster > 1) {
+      const int peer = rank ^ 1;
+      const uint32_t slot = inbox + threadIdx.x * 16, peer_slot = in_cta(slot, peer),
+                     peer_full = in_cta(inbox_full, peer);
+      if (threadIdx.x == 0) barrier_expect(inbox_full, mine_blocks * kBlocks * kConsumers * 16);
+      if (first_mail) {
+        asm volatile("barrier.cluster.wait.acquire;" ::: "memory");  // the other CTA has set up its barriers
+      } else if (kOwn > 1 || rank == 1) {                            // there is something to send
+        barrier_wait(inbox_free, inbox_parity ^ 1);
+      }
+      first_mail = false;
+#pragma unroll
+      for (int j = 0; j < kOwn; ++j) {
+        if ((j < kMine) == (rank == 0)) continue;
+#pragma unroll
+        for (int i = 0; i < kBlocks; ++i)
+          send(peer_slot + (j % kMine * kBlocks + i) * (kConsumers * 16), acc[i] + 4 * j, peer_full);
+      }
+      if (rank == 1) {
+#pragma unroll
+        for (int j = 0; j + kMine < kOwn; ++j) {
+#pragma unroll
+          for (int i = 0; i < kBlocks; ++i) {
+#pragma unroll
+            for (int e = 0; e < 4; ++e) acc[i][4 * j + e] = acc[i][4 * (j + kMine) + e];
+          }
+        }
+      }
+      barrier_wait(inbox_full, inbox_parity);
+      inbox_parity ^= 1;
+#pragma unroll
+      for (int j = 0; j < kMine; ++j) {
+        if (j >= mine_blocks) break;
+#pragma unroll
+        for (int i = 0; i < kBlocks; ++i) {
+          add_smem(acc[i] + 4 * j, slot + (j * kBlocks + i) * (kConsumers * 16));
+        }
+      }
+    }
+  };
+  auto free_inbox = [&] {
+    if constexpr (kCluster > 1) {
+      __syncwarp();
+      if (lane == 0 && mine_blocks > 0 && walk.more(args)) barrier_arrive_remote(in_cta(inbox_free, rank ^ 1));
+    }
+  };
+
+  // ---- reduce across clusters ----------------------------------------------------------------------------------------------
+  auto cluster_of = [&](int unit) {
+    const int by_longer = unit / (args.stripe + 1);
+    return by_longer < args.longer ? by_longer : (unit - args.longer) / args.stripe;
+  };
+  auto partial_of = [&](int owner, bool begins_tile) {  // (token blocks x m64 blocks, threads) float4
+    const int index = (2 * owner + begins_tile) * kCluster + rank;
+    return reinterpret_cast<float4*>(args.partials) + int64_t{index} * kTile.vectors() * kConsumers + threadIdx.x;
+  };
+
+  // ---- write -------------------------------------------------------------------------------------------------------------
+  auto write = [&](const Corner& corner) {
+    const uint32_t patch = scratch + warp_index * kTile.patch_bytes();
+    constexpr int kPitch = kTile.patch_pitch(), kRow = 2 * kBlocks;  // 16-byte pieces of a row: 8 features each
+    constexpr int kChunk = kTile.patch_tokens() / 8;                 // token blocks at a time
+    const int n0 = corner.n0 + feature;
+    if (!grouped || p.bias != nullptr) {
+#pragma unroll
+      for (int i = 0; i < 2 * kBlocks; ++i) {
+        const int n = n0 + 8 * i + g;
+        if (n >= p.N_C) continue;
+        const float scale = grouped ? 1.f : __half2float(static_cast<const half*>(p.s)[scale_of_channelwise(n)]);
+        const float bias = p.bias == nullptr ? 0.f : __half2float(static_cast<const half*>(p.bias)[n]);
+#pragma unroll
+        for (int e = 0; e < 2 * kMine; ++e) {
+          float& v = acc[i / 2][e / 2 * 4 + i % 2 * 2 + e % 2];
+          v = v * scale + bias;
+        }
+      }
+    }
+    if constexpr (kTeams > 1) named_barrier(1, kConsumers);  // the scratch has been read
+#pragma unroll
+    for (int j0 = 0; j0 < kMine; j0 += kChunk) {
+      const int first = team * kOwn + mine_first + j0;  // token block of the tile
+      const int m = corner.m0 + 8 * first;
+      const int tokens_here =
+          static_cast<int>(min(int64_t{8} * min(kChunk, min(mine_blocks - j0, kTokenBlocks - first)), p.M - m));
+      if (tokens_here <= 0) break;
+#pragma unroll
+      for (int j = 0; j < min(kChunk, kMine - j0); ++j) {
+#pragma unroll
+        for (int i = 0; i < kBlocks; ++i) {
+          const float* v = acc[i] + 4 * (j0 + j);
+          store_transposed(patch + (8 * j + lane % 8) * kPitch + lane / 8 % 2 * 16 + i * 32,
+                           as_bits(__floats2half2_rn(v[0], v[1])), as_bits(__floats2half2_rn(v[2], v[3])));
+        }
+      }
+      __syncwarp();
+      const int n = n0 + lane % kRow * 8;
+#pragma unroll 1
+      for (int token = lane / kRow; token < tokens_here && n < p.N_C; token += 32 / kRow) {
+        uint32_t v[4];
+        load_smem(v, patch + token * kPitch + lane % kRow * 16);
+        half* c = static_cast<half*>(p.C) + (int64_t{m} + token) * p.N_C + n;
+        if (args.wide_c) {
+          *reinterpret_cast<uint4*>(c) = make_uint4(v[0], v[1], v[2], v[3]);
+        } else {
+#pragma unroll
+          for (int e = 0; e < 8; ++e) {
+            if (n + e < p.N_C) c[e] = __ushort_as_half(static_cast<unsigned short>(v[e / 2] >> 16 * (e % 2)));
+          }
+        }
+      }
+      __syncwarp();
+    }
+  };
+
+  // ---- main loop -----------------------------------------------------------------------------------------------------------
+  wait_for_previous_kernel();  // which may use the locks, the partials, or C
+  while (walk.next(args, segment)) {
+    const int count = segment.end - segment.begin;
+    const bool shared = count < args.k_stages;
+    const int unit0 = (segment.tile - args.whole_tiles) * args.k_stages;  // of the tile, if it is shared
+    const int lock = 2 * (shared ? cluster_of(unit0) * kCluster + rank : 0);
+    int ticket = 0;
+    // Who comes last to the end of his part, bar a few stages, sums them all: it waits for those that came before, which
+    // wait for nobody. Drawn that early, the ticket is there when it is needed.
+    bool drawn = !shared || threadIdx.x != 0;
+    auto draw_ticket = [&] {
+      if (!drawn) ticket = atomicAdd(args.locks + lock, 1);
+      drawn = true;
+    };
+
+#pragma unroll
+    for (int i = 0; i < kBlocks; ++i) {
+#pragma unroll
+      for (int e = 0; e < kTokens / 2; ++e) {
+        acc[i][e] = 0;
+        asm volatile("" : "+f"(acc[i][e]));  // else the compiler zeroes between wgmmas, and puts them in line
+      }
+    }
+    if (behind < count) {
+      barrier_wait(full + 8 * stage, parity);
+      load_words(stage, 0);
+      load_words(stage, 1);
+      load_scales(stage, 0);
+    }
+    const int first_stage = behind;
+    for (; behind < count; behind += kTeams) {
+      // the low half of the descriptor; shfl as above
+      const uint32_t tokens = __shfl_sync(0xffffffff, (1 << 16) | (ring + stage * (kABytes + kBBytes)) >> 4, 0);
+      if (behind + 2 * kTeams >= count) draw_ticket();
+      int next_stage = stage + kTeams, next_parity = parity;
+      if (next_stage >= kStages) next_stage -= kStages, next_parity ^= 1;
+#pragma unroll
+      for (int step = 0; step < kSteps; ++step) {
+#pragma unroll
+        for (int i = 0; i < kBlocks; ++i) dequantise(left[step % 2][i], words[step % 2][i], s_frag[i]);
+        wgmma_fence();
+#pragma unroll
+        for (int i = 0; i < kBlocks; ++i)
+          wgmma<kTokens>(acc[i], left[step % 2][i],
+                         tokens_descriptor(tokens + 2 * (step % 4) + step / 4 * (kABox / 16)));
+        wgmma_commit();
+        if (step + 2 < kSteps) {
+          load_words(stage, step + 2);
+          if (step % 2 == 1) load_scales(stage, (step + 1) / 2);
+        } else if (behind + kTeams < count) {
+          if (step + 2 == kSteps) barrier_wait(full + 8 * next_stage, next_parity);
+          load_words(next_stage, step + 2 - kSteps);
+          if (step + 1 == kSteps) load_scales(next_stage, 0);
+        }
+        wgmma_wait<1>();
+        if (step == 0 && behind != first_stage) release_before(stage);
+      }
+      stage = next_stage;
+      parity = next_parity;
+    }
+    draw_ticket();
+    wgmma_wait<0>();
+    if (behind != first_stage) release_before(stage);
+    behind -= count;
+
+    const Corner corner = corner_of(args, segment.tile, kFeatures, kTokens);
+    reduce_in_cta();
+    reduce_in_cluster();
+    free_inbox();
+    if (shared) {
+      if (threadIdx.x == 0) ticket_smem = ticket;
+      named_barrier(1, kConsumers);
+      const int sharers_first = cluster_of(unit0), sharers = cluster_of(unit0 + args.k_stages - 1) - sharers_first + 1;
+      if (ticket_smem < sharers - 1) {
+        float4* partial = partial_of(cluster, cluster == sharers_first);
+#pragma unroll
+        for (int j = 0; j < kMine; ++j) {
+#pragma unroll
+          for (int i = 0; i < kBlocks; ++i)
+            __stcg(partial + (j * kBlocks + i) * kConsumers,
+                   make_float4(acc[i][4 * j], acc[i][4 * j + 1], acc[i][4 * j + 2], acc[i][4 * j + 3]));
+        }
+        named_barrier(1, kConsumers);  // the stores of all threads come before thread 0's release
+        if (threadIdx.x == 0) add_release(args.locks + lock + 1, 1);
+        continue;
+      }
+      if (threadIdx.x == 0) {
+        while (load_acquire(args.locks + lock + 1) < sharers - 1) {
+        }
+        args.locks[lock] = 0;
+        args.locks[lock + 1] = 0;
+      }
+      named_barrier(1, kConsumers);
+      // In the order of the clusters: what lies before this one, its own sums, what lies behind.
+      constexpr int kVectors = kTile.vectors(), kBatch = kVectors < 4 ? kVectors : 4;
+      constexpr int kOwners = kTile.accumulators() < 64 ? 3 : 1;  // at once: a load takes most of a microsecond
+#pragma unroll
+      for (int base = 0; base < kVectors; base += kBatch) {
+        float sum[kBatch][4] = {};
+        int offset = base * kConsumers;
+        asm volatile(
+            ""
+            : "+r"(offset));  // addresses are made here, not ahead of the loops above, where registers are dear
+        auto add_partials = [&](int begin, int end) {
+#pragma unroll 1
+          for (int owner0 = begin; owner0 < end; owner0 += kOwners) {
+            float4 v[kOwners][kBatch];
+#pragma unroll
+            for (int o = 0; o < kOwners; ++o) {
+              const float4* partial = partial_of(owner0 + o, owner0 + o == sharers_first) + offset;
+#pragma unroll
+              for (int i = 0; i < kBatch && base + i < kVectors; ++i) {
+                v[o][i] = make_float4(0, 0, 0, 0);
+                if (owner0 + o < end) v[o][i] = __ldcg(partial + i * kConsumers);
+              }
+            }
+#pragma unroll
+            for (int o = 0; o < kOwners; ++o) {
+#pragma unroll
+              for (int i = 0; i < kBatch && base + i < kVectors; ++i) {
+                sum[i][0] += v[o][i].x;
+                sum[i][1] += v[o][i].y;
+                sum[i][2] += v[o][i].z;
+                sum[i][3] += v[o][i].w;
+              }
+            }
+          }
+        };
+        add_partials(sharers_first, cluster);
+#pragma unroll
+        for (int i = 0; i < kBatch && base + i < kVectors; ++i) {
+#pragma unroll
+          for (int e = 0; e < 4; ++e) sum[i][e] += acc[(base + i) % kBlocks][4 * ((base + i) / kBlocks) + e];
+        }
+        add_partials(cluster + 1, sharers_first + sharers);
+#pragma unroll
+        for (int i = 0; i < kBatch && base + i < kVectors; ++i) {
+#pragma unroll
+          for (int e = 0; e < 4; ++e) acc[(base + i) % kBlocks][4 * ((base + i) / kBlocks) + e] = sum[i][e];
+        }
+      }
+    }
+    write(corner);
+  }
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Host
+// ---------------------------------------------------------------------------------------------------------------------
+
+using Encode = decltype(&cuTensorMapEncodeTiled);
+
+// The driver's function, found through the runtime: nothing more to link.
+Encode find_encode() {
+  void* function = nullptr;
+  cudaDriverEntryPointQueryResult result;
+#if CUDART_VERSION >= 12050
+  const cudaError_t error =
+      cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &function, 12000, cudaEnableDefault, &result);
+#else
+  const cudaError_t error = cudaGetDriverEntryPoint("cuTensorMapEncodeTiled", &function, cudaEnableDefault, &result);
+#endif
+  return error == cudaSuccess ? reinterpret_cast<Encode>(function) : nullptr;
+}
+
+// A row-major matrix whose rows lie `pitch` bytes apart, copied in boxes of box_rows x box_columns.
+bool encode(CUtensorMap* map, CUtensorMapDataType type, const void* data, int64_t rows, int64_t columns, int64_t pitch,
+            int box_rows, int box_columns, CUtensorMapSwizzle swizzle) {
+  static const Encode kEncode = find_encode();
+  const cuuint64_t sizes[2] = {static_cast<cuuint64_t>(columns), static_cast<cuuint64_t>(rows)};
+  const cuuint64_t pitches[1] = {static_cast<cuuint64_t>(pitch)};
+  const cuuint32_t box[2] = {static_cast<cuuint32_t>(box_columns), static_cast<cuuint32_t>(box_rows)};
+  const cuuint32_t strides[2] = {1, 1};
+  return kEncode != nullptr &&
+         kEncode(map, type, 2, const_cast<void*>(data), sizes, pitches, box, strides, CU_TENSOR_MAP_INTERLEAVE_NONE,
+                 swizzle, CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE) == CUDA_SUCCESS;
+}
+
+template <int kIdx>
+Status launch(const Args& args, int grid, bool overlap, cudaStream_t stream) {
+  constexpr Tile kTile = kTiles[kIdx].tile;
+  const auto kernel = marlin_kernel<kTile.blocks, kTile.tokens, kTile.groups, kTile.teams, kTile.cluster, kTile.steps>;
+  constexpr int kSmem = kTile.smem_bytes();
+  if (cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kSmem) != cudaSuccess)
+    return Status::launch_failed;
+  cudaLaunchConfig_t config = {};
+  config.gridDim = grid;
+  config.blockDim = kTile.consumers() + 128;
+  config.dynamicSmemBytes = kSmem;
+  config.stream = stream;
+  cudaLaunchAttribute attributes[2];
+  config.attrs = attributes;
+  if (kTile.cluster > 1) {
+    cudaLaunchAttribute& attribute = attributes[config.numAttrs++];
+    attribute.id = cudaLaunchAttributeClusterDimension;
+    attribute.val.clusterDim.x = kTile.cluster;
+    attribute.val.clusterDim.y = attribute.val.clusterDim.z = 1;
+  }
+  if (overlap) {
+    cudaLaunchAttribute& attribute = attributes[config.numAttrs++];
+    attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    attribute.val.programmaticStreamSerializationAllowed = 1;
+  }
+  return cudaLaunchKernelEx(&config, kernel, args) == cudaSuccess ? Status::ok : Status::launch_failed;
+}
+
+template <int... kIdx>
+Status launch_any(const Args& args, int grid, bool overlap, int tile_idx, cudaStream_t stream,
+                  std::integer_sequence<int, kIdx...>) {
+  Status status = Status::no_config;
+  ((tile_idx == kIdx && (status = launch<kIdx>(args, grid, overlap, stream), true)) || ...);
+  return status;
+}
+
+}  // namespace
+
+Status run_sm90(const Problem& p, const Config& config, bool overlap, int32_t* locks, float* partials, void* stream) {
+  if (check_shape(p) != Status::ok) return Status::bad_shape;
+  if (p.dtype != DType::f16) return Status::bad_dtype;
+  if (p.M == 0) return Status::ok;
+  if (config.tile_idx < 0 || config.tile_idx >= kNumTiles || config.grid < 1) return Status::no_config;
+  const auto aligned = [](const void* pointer, int bytes) { return reinterpret_cast<uintptr_t>(pointer) % bytes == 0; };
+  if (!aligned(p.A, 16) || !aligned(p.B, 16) || !aligned(p.s, 16) || !aligned(p.C, 2)) return Status::bad_alignment;
+  if (p.lda % 8 != 0 && p.M > 1) return Status::bad_alignment;
+
+  const Tile& tile = kTiles[config.tile_idx].tile;
+  const int64_t stages = ceil_div(p.K, tile.stage_k() * tile.cluster), slices = ceil_div(p.N, tile.features());
+  const int64_t token_tiles = ceil_div(p.M, tile.tokens), tiles = slices * token_tiles;
+  if (tiles * stages > INT_MAX / 2 || p.M > INT_MAX / 2 || p.N > INT_MAX / 2 || p.K > INT_MAX / 2)
+    return Status::bad_shape;
+  const bool grouped = p.group != p.K;
+  if (!takes_group(tile, p)) return Status::bad_shape;
+
+  Args args{};
+  args.p = p;
+  args.k_stages = static_cast<int>(stages);
+  args.token_tiles = static_cast<int>(token_tiles);
+  args.slices = static_cast<int>(slices);
+  args.band = static_cast<int>(token_tiles < 16 ? token_tiles : 16);
+  args.stripes = config.stripes;
+  args.whole_tiles = static_cast<int>(
+      config.stripes == 0 ? tiles : tiles / (config.grid / tile.cluster) * (config.grid / tile.cluster));
+  if (config.stripes > 0) {
+    const int64_t units = (tiles - args.whole_tiles) * stages;
+    args.stripe = static_cast<int>(units / config.stripes);
+    args.longer = static_cast<int>(units % config.stripes);
+  }
+  int rows = 1;  // of scales in a stage
+  args.group_shift = 30;
+  if (grouped) {
+    rows = static_cast<int>(p.group < tile.stage_k() ? tile.stage_k() / p.group : 1);
+    args.group_shift = 0;
+    while (tile.stage_k() >> args.group_shift > rows) ++args.group_shift;
+    args.group_stages = static_cast<int>(p.group < tile.stage_k() ? 1 : p.group / tile.stage_k());
+  }
+  args.wide_c = p.N_C % 8 == 0 && aligned(p.C, 16);
+  args.locks = locks;
+  args.partials = partials;
+
+  const int64_t lda = p.M == 1 ? ceil_div(p.lda, 8) * 8 : p.lda;
+  const bool encoded = encode(&args.a_map, CU_TENSOR_MAP_DATA_TYPE_FLOAT16, p.A, p.M, p.K_A, 2 * lda, tile.tokens, 64,
+                              CU_TENSOR_MAP_SWIZZLE_128B) &&
+                       encode(&args.b_map, CU_TENSOR_MAP_DATA_TYPE_INT64, p.B, p.K / TILE_K, p.N, 8 * p.N, tile.steps,
+                              tile.features(), CU_TENSOR_MAP_SWIZZLE_NONE) &&
+                       encode(&args.s_map, CU_TENSOR_MAP_DATA_TYPE_FLOAT16, p.s, p.K / p.group, p.N, 2 * p.N, rows,
+                              tile.features(), CU_TENSOR_MAP_SWIZZLE_NONE);
+  if (!encoded) return Status::launch_failed;
+  return launch_any(args, config.grid, overlap, config.tile_idx, static_cast<cudaStream_t>(stream),
+                    std::make_integer_sequence<int, kNumTiles>());
+}
+
+}  // namespace marlin
+#endif
