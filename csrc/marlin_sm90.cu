@@ -461,7 +461,6 @@ __global__ void __launch_bounds__(128 * (kGroups * kTeams + 1), 1) marlin_kernel
 
   const int cluster = blockIdx.x / kCluster, rank = blockIdx.x % kCluster;
   // The first warp of the producer sets up the barriers and goes on to copy weights at once.
-  constexpr int kThreads = kConsumers + 128;
   if (warp_index == kWarpgroups * 4) {
     if (lane < kStages) {
       barrier_init(full + 8 * lane, 2);
@@ -473,11 +472,14 @@ __global__ void __launch_bounds__(128 * (kGroups * kTeams + 1), 1) marlin_kernel
     }
     asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
     __syncwarp();
-    asm volatile("bar.arrive 0, %0;" ::"n"(kThreads) : "memory");
-  } else {
-    named_barrier(0, kThreads);
+    asm volatile("bar.arrive 2, 64;" ::: "memory");
+    asm volatile("bar.arrive 0, %0;" ::"n"(kConsumers + 32) : "memory");
+  } else if (warp_index == kWarpgroups * 4 + 1) {
+    named_barrier(2, 64);
+  } else if (warpgroup < kWarpgroups) {
+    named_barrier(0, kConsumers + 32);
   }
-  if constexpr (kCluster > 1) asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
+  if constexpr (kCluster > 1) asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");
   launch_dependents();
 
   Walk walk(args, cluster, gridDim.x / kCluster);

@@ -1,5 +1,5 @@
-"""choose_config_sm80: a pure function, so that every device's choice is checked on a machine
-without a GPU."""
+"""choose_config_sm80 and choose_config_sm90: pure functions, so that every device's choice is
+checked on a machine without a GPU."""
 
 import pytest
 from hypothesis import given, settings
@@ -96,3 +96,61 @@ def test_a_device_with_too_little_shared_memory_has_no_config():
 def test_sizes_that_the_format_cannot_hold_are_refused(M, N, K, group):
     with pytest.raises(ValueError, match="the sizes do not fit the packed format"):
         choose(M, N, K, DEVICES["A100"], group)
+
+
+# --------------------------------------------------------------------------------------------------
+# Hopper's own kernel
+# --------------------------------------------------------------------------------------------------
+
+HOPPER = DEVICES["H100"]
+
+
+def choose_sm90(M, N, K, device=HOPPER, group=-1, **hints):
+    return _C.choose_config_sm90(M, N, K, group, *device, **hints)
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    M=st.integers(1, 20000),
+    chunks=st.integers(1, 1000),
+    groups=st.integers(1, 1000),
+    group=st.sampled_from([-1, 32, 64, 128, 256]),
+    num_sms=st.integers(2, 160),
+)
+def test_hopper_has_a_config_for_any_problem_and_always_the_same(M, chunks, groups, group, num_sms):
+    device, K = (90, num_sms, 232448), groups * max(group, 16)
+    config = choose_sm90(M, 64 * chunks, K, device, group)
+    assert config["tile_idx"] >= 0
+    assert config["features"] % 64 == 0 and config["tokens"] % 8 == 0
+    assert num_sms - 1 <= config["grid"] <= num_sms  # clusters of two leave an odd one out
+    assert 0 <= config["stripes"] <= config["grid"]
+    # locks and scratch are there for the clusters that share tiles, and for these only
+    assert (config["stripes"] > 0) == (config["num_locks"] > 0) == (config["num_partials"] > 0)
+    # at most two tiles for each CTA; three teams share two blocks of tokens as if they were three
+    assert config["num_partials"] <= 3 * config["grid"] * config["features"] * config["tokens"]
+    assert choose_sm90(M, 64 * chunks, K, device, group) == config
+
+
+@pytest.mark.parametrize(
+    "device", [(80, 108, 166912), (89, 142, 101376), (100, 148, 232448), (90, 132, 101376)]
+)
+def test_the_kernel_for_hopper_takes_hopper_only(device):
+    assert choose_sm90(64, 4096, 4096, device)["tile_idx"] == -1
+
+
+@pytest.mark.parametrize("group", [48, 96, 160])
+def test_the_kernel_for_hopper_leaves_groups_that_cross_its_stages_to_the_other(group):
+    assert choose_sm90(64, 4096, 48 * 160, group=group)["tile_idx"] == -1
+    assert choose(64, 4096, 48 * 160, HOPPER, group=group if group % 32 == 0 else 32)
+
+
+def test_every_tile_of_hopper_can_be_asked_for():
+    found = [choose_sm90(64, 4096, 4096, tile_idx=i)["tile_idx"] for i in range(64)]
+    num_tiles = found.index(-1)
+    assert found == list(range(num_tiles)) + [-1] * (64 - num_tiles)
+
+
+def test_a_wish_for_fewer_sms_is_granted_on_hopper():
+    for wish in (2, 3, 10):
+        for M in (1, 64, 1000):
+            assert choose_sm90(M, 4096, 4096, num_sms_hint=wish)["grid"] in (wish - wish % 2, wish)
