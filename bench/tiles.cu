@@ -1,15 +1,20 @@
-// tiles.cu: the time of every tile of csrc/marlin_sm80.cu at every shape: what choose_config_sm80's constants are fitted to.
+// tiles.cu: the time of every tile of a kernel file at every shape: what its choose_config's constants are fitted to.
 //
-// Includes the kernel file, to reach all of its table. bench/tiles.py compiles it, runs it, and fits. Prints a line for each
-// K, N, M, tile and number of CTAs: K,N,M,tile,features,tokens,teams,ctas,us. Weights are cold: a graph of launches goes
-// round copies of 256 MB or more in all. Of each timed product 1024 elements are compared with float64.
+// Includes csrc/marlin_sm90.cu with -DSM90, else csrc/marlin_sm80.cu, to reach all of its table. bench/tiles.py compiles it,
+// runs it, and fits. Prints a line for each K, N, M, tile and way to deal it out: K,N,M,tile, the columns that
+// print_tile writes, us. Weights are cold: a graph of launches goes round copies of 256 MB or more in all. Of each timed
+// product 1024 elements are compared with float64.
 #include <algorithm>
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
 #include <vector>
 
+#ifdef SM90
+#include "../csrc/marlin_sm90.cu"
+#else
 #include "../csrc/marlin_sm80.cu"
+#endif
 
 namespace marlin {
 namespace {
@@ -65,6 +70,61 @@ __global__ void compare(Problem p, double* sums) {
   atomicAdd(&sums[1], exact * exact);
 }
 
+#ifdef SM90
+
+constexpr bool kOverlap = false;  // alone, so that what the tile itself takes is seen
+
+int tile_tokens(const Tile& tile) { return tile.tokens; }
+
+// Stripes of the clusters: ending where tiles do, and one for every cluster.
+std::vector<Config> ways(const Problem& p, int tile_idx, int num_sms) {
+  const Tile& tile = kTiles[tile_idx].tile;
+  const int clusters = num_sms / tile.cluster;
+  const int striped = static_cast<int>(ceil_div(p.N, tile.features()) * ceil_div(p.M, tile.tokens) % clusters);
+  const int even = striped == 0 ? 0 : clusters / striped * striped;
+  std::vector<Config> configs = {make_candidate(p, tile_idx, clusters, even).config};
+  if (striped > 0 && even < clusters) configs.push_back(make_candidate(p, tile_idx, clusters, clusters).config);
+  return configs;
+}
+
+Status run_tile(const Problem& p, const Config& config, int32_t* locks, float* partials, cudaStream_t stream) {
+  return run_sm90(p, config, kOverlap, locks, partials, stream);
+}
+
+// tile, features, tokens, rows of K that a cluster takes at once, clusters, stripes
+void print_tile(const Tile& tile, const Config& config) {
+  std::printf("%dx%dx%dx%dx%dx%d,%d,%d,%d,%d,%d", tile.blocks, tile.tokens, tile.groups, tile.teams, tile.cluster,
+              tile.steps, tile.features(), tile.tokens, tile.stage_k() * tile.cluster, config.grid / tile.cluster,
+              config.stripes);
+}
+
+#else
+
+int tile_tokens(const Tile& tile) { return tile.tokens(); }
+
+// Numbers of CTAs: one that divides the tiles or the other way round, and all.
+std::vector<Config> ways(const Problem& p, int tile_idx, int num_sms) {
+  const Tile& tile = kTiles[tile_idx].tile;
+  const int64_t tiles = ceil_div(p.N, tile.features()) * ceil_div(p.M, tile.tokens());
+  int even = num_sms;
+  while (tiles % even != 0 && even % tiles != 0) --even;
+  std::vector<Config> configs = {make_candidate(p, tile_idx, even).config};
+  if (even < num_sms) configs.push_back(make_candidate(p, tile_idx, num_sms).config);
+  return configs;
+}
+
+Status run_tile(const Problem& p, const Config& config, int32_t* locks, float* partials, cudaStream_t stream) {
+  return run_sm80(p, config, false, locks, partials, stream);
+}
+
+// tile, features, tokens, teams, CTAs
+void print_tile(const Tile& tile, const Config& config) {
+  std::printf("%dx%dx%dx%dx%dx%d,%d,%d,%d,%d", tile.blocks_n, tile.blocks_m, tile.warps_n, tile.warps_m, tile.teams,
+              tile.stages, tile.features(), tile.tokens(), tile.teams, config.grid);
+}
+
+#endif
+
 template <typename T>
 T* allocate(size_t count) {
   T* memory = nullptr;
@@ -103,15 +163,11 @@ int run() {
       const int launches = M >= 1024 ? 2 : static_cast<int>(std::max<size_t>(2, kColdBytes / (4 * copy_words) + 1));
       for (int i = 0; i < kNumTiles; ++i) {
         const Tile& tile = kTiles[i].tile;
-        const int tokens = tile.tokens();
-        const bool fits = M > 128 ? tokens >= 64 : 2 * tokens >= M && (tokens < 2 * M || tokens == 8);
+        const int tokens = tile_tokens(tile);
+        const bool fits = M > 128 ? tokens >= 64 : 2 * tokens >= M && (tokens < 2 * M || tokens <= 16);
         if (!fits || tile.smem_bytes() > smem_bytes) continue;
-        const int64_t tiles = ceil_div(N, tile.features()) * ceil_div(M, tokens);
-        int even = num_sms;
-        while (tiles % even != 0 && even % tiles != 0) --even;
-        for (const int ctas : {even, num_sms}) {
-          Problem p{A, words, scales, nullptr, C, M, N, K, K, N, K, kGroup, DType::f16};
-          const Config config = make_candidate(p, i, ctas).config;
+        Problem p{A, words, scales, nullptr, C, M, N, K, K, N, K, kGroup, DType::f16};
+        for (const Config& config : ways(p, i, num_sms)) {
           check(cudaMemsetAsync(C, 0xff, size_t{2} * M * N, stream));  // NaN
           cudaGraph_t graph;
           cudaGraphExec_t replay;
@@ -119,7 +175,7 @@ int run() {
           for (int copy = 0; copy < launches; ++copy) {
             p.B = words + copy * copy_words;
             p.s = scales + copy * copy_scales;
-            if (run_sm80(p, config, locks, partials, stream) != Status::ok) return 1;
+            if (run_tile(p, config, locks, partials, stream) != Status::ok) return 1;
           }
           check(cudaStreamEndCapture(stream, &graph));
           check(cudaGraphInstantiate(&replay, graph, 0));
@@ -142,13 +198,12 @@ int run() {
           check(cudaMemcpyAsync(host_sums, sums, sizeof(host_sums), cudaMemcpyDeviceToHost, stream));
           check(cudaStreamSynchronize(stream));
           if (!(std::sqrt(host_sums[0] / host_sums[1]) <= kErrLimit)) {
-            std::fprintf(stderr, "tiles: tile %d is wrong at K=%d, N=%d, M=%d, %d CTAs\n", i, K, N, M, ctas);
+            std::fprintf(stderr, "tiles: tile %d is wrong at K=%d, N=%d, M=%d, %d CTAs\n", i, K, N, M, config.grid);
             return 1;
           }
-          std::printf("%d,%d,%d,%dx%dx%dx%dx%dx%d,%d,%d,%d,%d,%.2f\n", K, N, M, tile.blocks_n, tile.blocks_m,
-                      tile.warps_n, tile.warps_m, tile.teams, tile.stages, tile.features(), tokens, tile.teams, ctas,
-                      us[us.size() / 2]);
-          if (even == num_sms) break;
+          std::printf("%d,%d,%d,", K, N, M);
+          print_tile(tile, config);
+          std::printf(",%.2f\n", us[us.size() / 2]);
         }
       }
     }

@@ -1,10 +1,11 @@
-"""Fits the constants of csrc/marlin_sm80.cu's table of tiles to measured times.
+"""Fits the constants of a kernel file's table of tiles to measured times.
 
     python bench/tiles.py --save bench/results/tiles/nvidia-h200.csv   # measures, about 15 s
     python bench/tiles.py --times bench/results/tiles/nvidia-h200.csv  # fits what was measured
+    python bench/tiles.py --backend sm90 ...                           # csrc/marlin_sm90.cu's
 
 Prints the rows of kTiles, and what the choice by them costs over the best tile of each row. The
-model is the one of make_candidate in the kernel file. Depends on numpy and scipy; to measure, also
+models are those of make_candidate in the kernel files. Depends on numpy and scipy; to measure, also
 on nvcc and a GPU.
 """
 
@@ -18,6 +19,7 @@ import sys
 from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from scipy.optimize import least_squares
@@ -30,7 +32,7 @@ BYTES_PER_US = 4.3e6
 
 @dataclass(frozen=True)
 class Time:
-    """One measured product: sizes, the tile as its six numbers, CTAs, microseconds."""
+    """One measured product: sizes, the tile as its numbers, how it was dealt out, microseconds."""
 
     K: int
     N: int
@@ -38,57 +40,107 @@ class Time:
     tile: str
     features: int
     tokens: int
+
+    @property
+    def tiles(self) -> int:
+        """Tiles of C."""
+        return -(-self.N // self.features) * -(-self.M // self.tokens)
+
+    @property
+    def memory_us(self) -> float:
+        """Microseconds to read the packed weight."""
+        return self.K * self.N / 2 / BYTES_PER_US
+
+
+@dataclass(frozen=True)
+class TimeSm80(Time):
+    """Of csrc/marlin_sm80.cu."""
+
     teams: int
     ctas: int
     us: float
 
+    FIRST_GUESS = (0.15, 1.0, 2.0)  # stage_us, tile_us, shared_us
+
     def predict(self, stage_us: float, tile_us: float, shared_us: float) -> float:
         """Microseconds by the model."""
         stages = -(-self.K // STAGE_K)
-        tiles = -(-self.N // self.features) * -(-self.M // self.tokens)
-        ctas = min(self.ctas, stages * tiles)
-        stripe = -(-stages * tiles // ctas)
-        shared = 0 if tiles % ctas == 0 else 1 if ctas % tiles == 0 else 2
+        ctas = min(self.ctas, stages * self.tiles)
+        stripe = -(-stages * self.tiles // ctas)
+        shared = 0 if self.tiles % ctas == 0 else 1 if ctas % self.tiles == 0 else 2
         ends = stripe // stages if shared == 0 else shared + (stripe - 1) // stages
         rounds = -(-stripe // self.teams) * self.teams
         compute_us = rounds * stage_us + ends * tile_us
-        memory_us = self.K * self.N / 2 / BYTES_PER_US
-        return START_US + max(compute_us, memory_us) + shared * shared_us
+        return START_US + max(compute_us, self.memory_us) + shared * shared_us
 
 
-def measure() -> str:
+@dataclass(frozen=True)
+class TimeSm90(Time):
+    """Of csrc/marlin_sm90.cu."""
+
+    stage_k: int  # rows of K that a cluster takes at once
+    clusters: int
+    stripes: int  # 0: the tiles that do not fill a round are whole ones
+    us: float
+
+    FIRST_GUESS = (0.3, 1.0, 2.0, 3.0)  # stage_us, tile_us, sharer_us, start_us
+
+    def predict(self, stage_us: float, tile_us: float, sharer_us: float, start_us: float) -> float:
+        """Microseconds by the model."""
+        stages = -(-self.K // self.stage_k)
+        rounds, striped = divmod(self.tiles, self.clusters)
+        units, ends, sharers = rounds * stages, rounds, 0
+        if striped:
+            stripes = self.stripes or striped
+            even = stripes % striped == 0
+            if stripes != striped:
+                sharers = stripes // striped if even else -(-stripes // striped) + 1
+            units += -(-striped * stages // stripes)
+            ends += 1 if even else 2
+        compute_us = units * stage_us + ends * tile_us
+        return start_us + max(compute_us, self.memory_us) + sharers * sharer_us
+
+
+TIMES: dict[str, type[TimeSm80] | type[TimeSm90]] = {"sm80": TimeSm80, "sm90": TimeSm90}
+
+
+def measure(backend: str) -> str:
     """Compiles tiles.cu for this machine's GPU, runs it, returns its lines."""
-    program = HERE.parent / "build" / "bench" / "tiles"
+    program = HERE.parent / "build" / "bench" / f"tiles-{backend}"
     program.parent.mkdir(parents=True, exist_ok=True)
-    command = ["nvcc", "-std=c++17", "-O3", "-arch=native", str(HERE / "tiles.cu")]
-    subprocess.run([*command, "-o", str(program)], check=True)
+    target = ["-DSM90", "-gencode=arch=compute_90a,code=sm_90a"]
+    flags = target if backend == "sm90" else ["-arch=native"]
+    command = ["nvcc", "-std=c++17", "-O3", *flags, str(HERE / "tiles.cu"), "-o", str(program)]
+    subprocess.run(command, check=True)
     return subprocess.run([str(program)], check=True, capture_output=True, text=True).stdout
 
 
-def parse(lines: str) -> list[Time]:
+def parse(lines: str, backend: str = "sm80") -> list[Any]:
     """The lines of tiles.cu; those that start with # are comments."""
     rows = csv.reader(line for line in lines.splitlines() if line and not line.startswith("#"))
     return [
-        Time(*map(int, row[:3]), row[3], *map(int, row[4:8]), float(row[8]))  # type: ignore[misc]
+        TIMES[backend](*map(int, row[:3]), row[3], *map(int, row[4:-1]), float(row[-1]))
         for row in rows
     ]
 
 
-def fit(times: list[Time]) -> tuple[float, float, float]:
+def fit(times: list[Any]) -> tuple[float, ...]:
     """The constants of one tile, by the logarithm of its times, outliers weighing little."""
 
     def residuals(logs: np.ndarray) -> list[float]:
         return [math.log(time.predict(*np.exp(logs)) / time.us) for time in times]
 
+    guess = times[0].FIRST_GUESS
     fits = [
-        least_squares(residuals, np.log([stage_us, 1.0, 2.0]), loss="soft_l1", f_scale=0.05)
-        for stage_us in (0.05, 0.15, 0.5)
+        least_squares(
+            residuals, np.log([scale * guess[0], *guess[1:]]), loss="soft_l1", f_scale=0.05
+        )
+        for scale in (1 / 3, 1, 3)
     ]
-    stage_us, tile_us, shared_us = np.exp(min(fits, key=lambda each: each.cost).x)
-    return float(stage_us), float(tile_us), float(shared_us)
+    return tuple(float(x) for x in np.exp(min(fits, key=lambda each: each.cost).x))
 
 
-def losses(times: list[Time], constants: dict[str, tuple[float, float, float]]) -> list[float]:
+def losses(times: list[Any], constants: dict[str, tuple[float, ...]]) -> list[float]:
     """What the choice by these constants takes over the best tile, for every K, N, M."""
     rows = defaultdict(list)
     for time in times:
@@ -105,21 +157,23 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
+    parser.add_argument("--backend", choices=list(TIMES), default="sm80", help="whose tiles")
     parser.add_argument("--times", type=Path, help="measured before; without it, measure")
     parser.add_argument("--save", type=Path, help="where to put what is measured")
     args = parser.parse_args()
-    lines = args.times.read_text() if args.times else measure()
+    lines = args.times.read_text() if args.times else measure(args.backend)
     if args.save:
         args.save.parent.mkdir(parents=True, exist_ok=True)
         args.save.write_text(lines)
-    times = parse(lines)
+    times = parse(lines, args.backend)
     of_tile = defaultdict(list)
     for time in times:
         of_tile[time.tile].append(time)
     constants = {tile: fit(some) for tile, some in of_tile.items()}
-    for tile, (stage_us, tile_us, shared_us) in constants.items():
+    for tile, values in constants.items():
         sizes = tile.replace("x", ", ")
-        print(f"    {{{{{sizes}}}, {stage_us:.4f}f, {tile_us:.2f}f, {shared_us:.2f}f}},")
+        numbers = [f"{values[0]:.4f}f", *(f"{value:.2f}f" for value in values[1:])]
+        print(f"    {{{{{sizes}}}, {', '.join(numbers)}}},")
     lost = losses(times, constants)
     mean = math.exp(sum(map(math.log, lost)) / len(lost))
     print(f"the choice takes {mean:.4f} times the best, {max(lost):.2f} at worst", file=sys.stderr)

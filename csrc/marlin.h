@@ -96,18 +96,20 @@ struct Config {
   int grid = 0;              // CTAs
   int num_locks = 0;         // int32 counters that must be zero before, and are zero after
   int64_t num_partials = 0;  // float32 scratch for tiles that several CTAs share
-  int stripes = 0;           // CTAs that share tiles (Hopper)
+  int stripes = 0;           // clusters that share tiles (Hopper)
+  int idle = 0;              // CTAs more, for balance where launches overlap
 };
 
 Config choose_config_sm80(const Problem& p, const Device& device, const Hints& hints);
 
 // Ampere, Ada, and anything newer. FP16. Asynchronous; stream is a cudaStream_t of the current device.
-Status run_sm80(const Problem& p, const Config& config, int32_t* locks, float* partials, void* stream);
+// overlap, from Hopper on: the kernel may begin while the one before it in the stream still runs (programmatic dependent
+// launch): it reads weights and scales then, and all else when that one has finished.
+Status run_sm80(const Problem& p, const Config& config, bool overlap, int32_t* locks, float* partials, void* stream);
 
 Config choose_config_sm90(const Problem& p, const Device& device, const Hints& hints);
 
-// Hopper. FP16. The same; overlap: the kernel may begin while the one before it in the stream still runs (programmatic
-// dependent launch): it reads weights and scales then, and all else when that one has finished.
+// Hopper. FP16. The same.
 Status run_sm90(const Problem& p, const Config& config, bool overlap, int32_t* locks, float* partials, void* stream);
 
 }  // namespace marlin
