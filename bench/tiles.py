@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import csv
+import itertools
 import math
 import subprocess
 import sys
@@ -27,6 +28,8 @@ from scipy.optimize import least_squares
 HERE = Path(__file__).resolve().parent
 STAGE_K = 64
 START_US = 2.2
+Constants = tuple[float, ...]  # of a tile, in the order of predict's arguments
+Size = tuple[int, int, int]  # K, N, M
 BYTES_PER_US = 4.3e6
 
 
@@ -124,23 +127,47 @@ def parse(lines: str, backend: str = "sm80") -> list[Any]:
     ]
 
 
-def fit(times: list[Any]) -> tuple[float, ...]:
-    """The constants of one tile, by the logarithm of its times, outliers weighing little."""
+def fit(times: list[Any], best: dict[Size, float]) -> Constants:
+    """The constants of one tile, by the logarithm of its times.
+
+    Outliers weigh little, and so do products at which other tiles are much faster.
+    """
 
     def residuals(logs: np.ndarray) -> list[float]:
-        return [math.log(time.predict(*np.exp(logs)) / time.us) for time in times]
+        return [
+            (best[time.K, time.N, time.M] / time.us) ** 3
+            * math.log(time.predict(*np.exp(logs)) / time.us)
+            for time in times
+        ]
 
-    guess = times[0].FIRST_GUESS
+    first, *others = times[0].FIRST_GUESS
     fits = [
-        least_squares(
-            residuals, np.log([scale * guess[0], *guess[1:]]), loss="soft_l1", f_scale=0.05
-        )
+        least_squares(residuals, np.log([scale * first, *others]), loss="soft_l1", f_scale=0.05)
         for scale in (1 / 3, 1, 3)
     ]
     return tuple(float(x) for x in np.exp(min(fits, key=lambda each: each.cost).x))
 
 
-def losses(times: list[Any], constants: dict[str, tuple[float, ...]]) -> list[float]:
+def nudge(times: list[Any], constants: dict[str, Constants]) -> None:
+    """Moves single constants, by 10% at most in a step, as long as that makes the choice better."""
+
+    def loss() -> float:
+        return sum(map(math.log, losses(times, constants)))
+
+    least, before = loss(), math.inf
+    while least < before:
+        before = least
+        indices = range(len(times[0].FIRST_GUESS))
+        for tile, index, factor in itertools.product(constants, indices, (0.9, 0.95, 1.05, 1.1)):
+            old = constants[tile]
+            constants[tile] = tuple(v * factor if i == index else v for i, v in enumerate(old))
+            if (now := loss()) < least - 1e-4:
+                least = now
+            else:
+                constants[tile] = old
+
+
+def losses(times: list[Any], constants: dict[str, Constants]) -> list[float]:
     """What the choice by these constants takes over the best tile, for every K, N, M."""
     rows = defaultdict(list)
     for time in times:
@@ -169,7 +196,11 @@ def main() -> int:
     of_tile = defaultdict(list)
     for time in times:
         of_tile[time.tile].append(time)
-    constants = {tile: fit(some) for tile, some in of_tile.items()}
+    best: dict[Size, float] = defaultdict(lambda: math.inf)
+    for time in times:
+        best[time.K, time.N, time.M] = min(best[time.K, time.N, time.M], time.us)
+    constants = {tile: fit(some, best) for tile, some in of_tile.items()}
+    nudge(times, constants)
     for tile, values in constants.items():
         sizes = tile.replace("x", ", ")
         numbers = [f"{values[0]:.4f}f", *(f"{value:.2f}f" for value in values[1:])]
