@@ -80,8 +80,12 @@ constexpr TileCost kTiles[] = {
     {{4, 8, 2, 1, 4, 3}, 0.3733f, 2.07f, 2.50f},
     {{4, 8, 4, 1, 2, 4}, 0.7566f, 1.96f, 5.05f},
     {{4, 8, 2, 1, 2, 3}, 0.4386f, 2.51f, 3.03f},
+    {{4, 6, 1, 1, 8, 2}, 0.2f, 1.0f, 1.0f},
+    {{4, 8, 1, 1, 8, 2}, 0.25f, 1.0f, 1.0f},
     // 96, 128
     {{2, 16, 2, 1, 4, 2}, 0.3630f, 1.84f, 1.82f},
+    {{2, 12, 2, 1, 4, 3}, 0.3f, 1.0f, 1.0f},
+    {{2, 12, 8, 1, 1, 4}, 1.0f, 1.0f, 1.0f},
     {{2, 12, 4, 1, 2, 4}, 0.5334f, 1.31f, 3.28f},
     {{2, 16, 4, 1, 2, 4}, 0.6918f, 1.62f, 4.01f},
     {{2, 16, 8, 1, 1, 4}, 1.3542f, 4.87f, 5.03f},
@@ -180,12 +184,14 @@ __device__ inline int fetch_add_acq_rel(int32_t* gmem, int value) {
   return old;
 }
 
-// The same without counting.
-__device__ inline int load_acquire(const int32_t* gmem) {
+// The count so far. Does not order what is read later: fence_acq_rel does.
+__device__ inline int load_relaxed(const int32_t* gmem) {
   int value;
-  asm volatile("ld.acquire.gpu.s32 %0, [%1];" : "=r"(value) : "l"(gmem) : "memory");
+  asm volatile("ld.relaxed.gpu.s32 %0, [%1];" : "=r"(value) : "l"(gmem) : "memory");
   return value;
 }
+
+__device__ inline void fence_acq_rel() { asm volatile("fence.acq_rel.gpu;" ::: "memory"); }
 
 __device__ inline void cp_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 
@@ -228,6 +234,12 @@ __device__ inline void mma_m16n8k16(float (&c)[4], const uint32_t (&a)[4], const
 // x in a register for good: the compiler would rather make it anew, from the thread's index, in every turn of the loop. It
 // cannot see through a shuffle.
 __device__ inline uint32_t keep(uint32_t x) { return __shfl_sync(0xffffffff, x, threadIdx.x % 32); }
+
+// x in a register, once: the compiler would make it again for each predicated copy that needs it.
+__device__ inline uint32_t made(uint32_t x) {
+  asm volatile("" : "+r"(x));
+  return x;
+}
 
 // threadIdx.x, read anew: what a tile's end makes of it is not kept in registers through the main loop.
 __device__ inline int thread_anew() {
@@ -287,7 +299,6 @@ struct Args {
   int n, k_a, lda;       // p.N, p.K_A, p.lda
   int whole_stages;      // stages that are full: min(K, K_A) / 64
   int k16_rows;          // K / 16
-  int k32_rows;          // K / 32
   uint32_t group_magic;  // ceil(2^32 / (group / 16)), which divides by __umulhi; 0 for channelwise
   bool wide_c;           // C takes 8-byte stores
   int32_t* locks;
@@ -337,60 +348,59 @@ __global__ void __launch_bounds__(32 * kWarpsN * kWarpsM * kTeams, 1) marlin_ker
   constexpr int kRowsB = kTeamThreads / kPiecesB, kRowsA = kTeamThreads / kPiecesA;  // that the team copies at once
   const int b_row = team_thread / kPiecesB, b_piece = team_thread % kPiecesB;
   const int a_copy_row = team_thread / kPiecesA, a_piece = team_thread % kPiecesA;
-  const int s_row = keep(team_thread / kPiecesS), s_piece = team_thread % kPiecesS;
+  const int s_k16 = keep(team_thread / kPiecesS * (SCALE_K / TILE_K)), s_piece = team_thread % kPiecesS;
   const uint32_t a_wr = keep(ring + kAOffset + a_copy_row * 128 + ((a_piece ^ (a_copy_row & 7)) << 4));
   const uint32_t b_wr = keep(ring + team_thread * 16);  // and where it puts s, behind kSOffset
   const uint32_t b_row_bytes = 8 * args.n, a_row_bytes = 2 * args.lda, s_row_bytes = 2 * args.n;
   constexpr uint32_t kStageBytes = kTile.stage_bytes(), kLastStage = (kStages - 1) * kStageBytes;
   auto next_stage = [](uint32_t stage) { return stage == kLastStage ? 0 : stage + kStageBytes; };
 
-  int load_tile, load_k;  // the stage to load next
-  int load_k_end;         // where this tile ends, or the stripe
-  int load_k_plain;       // the first stage that is not full, or load_k_end
-  uint32_t stage_wr = 0;  // where it goes, from the start of the ring
-  const char *b_gmem, *a_gmem;
-  uint32_t s_column;  // its first byte in a row of s
-  int a_rows;         // this thread has in the tile, counted from its first one
-  int b_rows;         // the same in the whole of K
-  bool s_mine;        // whether it copies scales
+  int load_tile, load_k;        // the stage to load next
+  int load_k_plain;             // where this tile ends, or the stripe, or the first stage that is not full
+  uint32_t stage_wr = 0;        // where it goes, from the start of the ring
+  const char *b_gmem, *a_gmem;  // where the stage before the next came from
+  uint32_t s_column;            // its first byte in a row of s
+  int a_rows;                   // this thread has in the tile, counted from its first one
+  int b_rows;                   // the same in the whole of K
+  bool s_mine;                  // whether it copies scales
 
+  auto load_k_end = [&] { return min(args.k_stages, stripe_end - load_tile * args.k_stages); };
   auto aim_loads = [&](int unit) {
     load_tile = unit / args.k_stages;
     load_k = unit - load_tile * args.k_stages;
     if (unit < stripe_end) {
       const int n0 = load_tile / args.token_tiles * kFeatures;
       const int64_t m0 = static_cast<int64_t>(load_tile % args.token_tiles) * kTokens + a_copy_row;
-      b_gmem =
-          static_cast<const char*>(p.B) + (int64_t{load_k} * STEPS + b_row) * b_row_bytes + (n0 * 8 + b_piece * 16);
-      a_gmem = static_cast<const char*>(p.A) + m0 * a_row_bytes + (load_k * STAGE_K + a_piece * 8) * 2;
+      const int64_t before = load_k - kTeams;
+      b_gmem = static_cast<const char*>(p.B) + (before * STEPS + b_row) * b_row_bytes + (n0 * 8 + b_piece * 16);
+      a_gmem = static_cast<const char*>(p.A) + m0 * a_row_bytes + (before * STAGE_K + a_piece * 8) * 2;
       s_column = (n0 + s_piece * 8) * 2;
       a_rows = static_cast<int>(min(int64_t{kTokens - a_copy_row}, p.M - m0));
       b_rows = n0 + 2 * b_piece < args.n ? args.k16_rows - b_row : 0;
-      s_mine = grouped && s_row < SCALE_ROWS && n0 + 8 * s_piece < args.n;
-      load_k_end = min(args.k_stages, stripe_end - load_tile * args.k_stages);
+      s_mine = grouped && thread_anew() % kTeamThreads < SCALE_ROWS * kPiecesS && n0 + 8 * s_piece < args.n;
+      load_k_plain = min(args.whole_stages, load_k_end());
     } else {  // nothing more to load
-      a_rows = 0, b_rows = 0, s_mine = false, load_k_end = INT_MAX / 2;
+      a_rows = 0, b_rows = 0, s_mine = false, load_k_plain = INT_MAX / 2;
     }
-    load_k_plain = unit < stripe_end ? min(load_k_end, args.whole_stages) : load_k_end;
   };
 
-  constexpr int kRoundsA = (kTokens + kRowsA - 1) / kRowsA;
   // kRowsA is 4 only for single warps; then rows i + 4 sit in the other half of the eight permuted rows
-  auto a_dst = [&](int i) { return ((a_wr + stage_wr) ^ (kRowsA % 8 == 0 ? 0 : (i & 4) << 4)) + i * 128; };
+  auto swizzle_of = [](int row) { return kRowsA % 8 == 0 ? 0 : (row & 4) << 4; };
 
   // What is rare: the next tile; and stages that are not full, which are copied here.
   auto prepare_loads = [&] {
     if (load_k < load_k_plain) return;
-    if (load_k >= load_k_end) aim_loads(load_tile * args.k_stages + load_k);
+    if (load_k >= load_k_end()) aim_loads(load_tile * args.k_stages + load_k);
     if (load_k < load_k_plain) return;
 #pragma unroll 1
     for (int i = 0; i < min(STEPS, b_rows - load_k * STEPS); i += kRowsB) {
-      cp_async16(b_wr + stage_wr + i * kPiecesB * 16, b_gmem + i * b_row_bytes);
+      cp_async16(b_wr + stage_wr + i * kPiecesB * 16, b_gmem + kTeams * STEPS * b_row_bytes + i * b_row_bytes);
     }
     const int bytes = 2 * max(0, min(8, args.k_a - load_k * STAGE_K - a_piece * 8));  // zeros behind the last column
 #pragma unroll 1
     for (int i = 0; i < min(a_rows, kTokens); i += kRowsA) {
-      cp_async16(a_dst(i), bytes > 0 ? a_gmem + i * a_row_bytes : static_cast<const char*>(p.A), bytes);
+      const char* from = bytes > 0 ? a_gmem + kTeams * STAGE_K * 2 + i * a_row_bytes : static_cast<const char*>(p.A);
+      cp_async16(((a_wr + stage_wr) ^ swizzle_of(i)) + i * 128, from, bytes);
     }
   };
 
@@ -398,25 +408,27 @@ __global__ void __launch_bounds__(32 * kWarpsN * kWarpsM * kTeams, 1) marlin_ker
   auto issue_loads = [&](int part) {
     const bool whole = load_k < args.whole_stages;  // neither K nor the columns of A end in it
     if (part == 0) {
+      b_gmem += kTeams * STEPS * b_row_bytes;
+      a_gmem += kTeams * STAGE_K * 2;
+      const uint32_t b_dst = made(b_wr + stage_wr);
 #pragma unroll
       for (int i = 0; i < STEPS; i += kRowsB) {
-        if (b_rows > 0 && whole) cp_async16(b_wr + stage_wr + i * kPiecesB * 16, b_gmem + i * b_row_bytes);
+        if (b_rows > 0 && whole) cp_async16(b_dst + i * kPiecesB * 16, b_gmem + i * b_row_bytes);
       }
       if (s_mine) {  // past the end of K the last row, whose products are zero
-        const uint32_t k32 = min(load_k * SCALE_ROWS + s_row, args.k32_rows - 1);
-        const uint32_t s_byte = __umulhi(2 * k32, args.group_magic) * s_row_bytes + s_column;
-        cp_async16(b_wr + stage_wr + kSOffset, static_cast<const char*>(p.s) + s_byte);
+        const uint32_t k16 = min(load_k * STEPS + s_k16, args.k16_rows - 1);
+        const uint32_t s_byte = __umulhi(k16, args.group_magic) * s_row_bytes + s_column;
+        cp_async16(b_dst + kSOffset, static_cast<const char*>(p.s) + s_byte);
       }
     }
     if (part == 1) {
       const int rows = whole ? a_rows : 0;
+      const uint32_t first_dst = made(a_wr + stage_wr);
 #pragma unroll
-      for (int i = 0; i < kRoundsA; ++i) {
-        if (i * kRowsA < rows) cp_async16(a_dst(i * kRowsA), a_gmem + i * kRowsA * a_row_bytes);
+      for (int i = 0; i < kTokens; i += kRowsA) {
+        if (i < rows) cp_async16((first_dst ^ swizzle_of(i)) + i * 128, a_gmem + i * a_row_bytes);
       }
       cp_async_commit();  // also when empty: the count of groups is the clock of the ring
-      b_gmem += kTeams * STEPS * b_row_bytes;
-      a_gmem += kTeams * STAGE_K * 2;
       stage_wr = next_stage(stage_wr);
       load_k += kTeams;
     }
@@ -658,6 +670,11 @@ __global__ void __launch_bounds__(32 * kWarpsN * kWarpsM * kTeams, 1) marlin_ker
   };
   // Sums a tile that the CTAs from first to last share; false if that is left to one of the others.
   auto reduce_across_ctas = [&](int first, int last, int64_t tokens_here) {
+    // Have all others counted already? The answer arrives while the teams' sums are added up. A single team has no registers
+    // for sums beside its own: it reads back what it wrote.
+    constexpr bool kKeepsOwn = kTeams > 1;
+    int counted = 0;
+    if (kKeepsOwn && threadIdx.x == 0) counted = load_relaxed(args.locks + first);
     float4 own[kOwn];
     reduce_teams(own);
     const int blocks_here = static_cast<int>(min(int64_t{kTokens}, tokens_here) + 7) / 8 - warp_m * kBlocksM;
@@ -665,9 +682,10 @@ __global__ void __launch_bounds__(32 * kWarpsN * kWarpsM * kTeams, 1) marlin_ker
       const int f = k * kTeams + team;
       return (kFragments % kTeams == 0 || f < kFragments) && f / kBlocksN < blocks_here;
     };
-    // A single team's registers have no room for sums beside its own.
-    constexpr bool kKeepsOwn = kTeams > 1;
-    if (kKeepsOwn && threadIdx.x == 0) is_last = load_acquire(args.locks + first) == last - first;
+    if (kKeepsOwn && threadIdx.x == 0) {
+      is_last = counted == last - first;
+      if (is_last) fence_acq_rel();
+    }
     __syncthreads();
     if (!kKeepsOwn || !is_last) {
       float4* partial = partial_of(cta, cta == first);
@@ -681,7 +699,9 @@ __global__ void __launch_bounds__(32 * kWarpsN * kWarpsM * kTeams, 1) marlin_ker
       __syncthreads();
       if (!is_last) return false;
     }
-    constexpr int kBatch = kOwn < 8 ? kOwn : 8;  // loads in flight: a round trip to L2 takes most of a microsecond
+    constexpr int kBatch = kTeams == 2 ? 4
+                           : kOwn < 8  ? kOwn
+                                       : 8;  // loads in flight: a round trip to L2 takes most of a microsecond
 #pragma unroll
     for (int k0 = 0; k0 < kOwn; k0 += kBatch) {
       float4 sum[kBatch];
@@ -827,7 +847,6 @@ Status run_sm80(const Problem& p, const Config& config, int32_t* locks, float* p
   args.k_stages = static_cast<int>(stages);
   args.whole_stages = static_cast<int>(p.K_A / STAGE_K);
   args.k16_rows = static_cast<int>(p.K / TILE_K);
-  args.k32_rows = static_cast<int>(p.K / SCALE_K);
   args.token_tiles = static_cast<int>(token_tiles);
   args.stripe = static_cast<int>(total / grid);
   args.longer = static_cast<int>(total % grid);
