@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import csv
+import itertools
 import math
 import subprocess
 import sys
@@ -24,6 +25,7 @@ from scipy.optimize import least_squares
 
 HERE = Path(__file__).resolve().parent
 STAGE_K = 64
+Constants = tuple[float, float, float]  # stage_us, tile_us, shared_us: see Time.predict
 START_US = 2.2
 BYTES_PER_US = 4.3e6
 
@@ -74,11 +76,18 @@ def parse(lines: str) -> list[Time]:
     ]
 
 
-def fit(times: list[Time]) -> tuple[float, float, float]:
-    """The constants of one tile, by the logarithm of its times, outliers weighing little."""
+def fit(times: list[Time], best: dict[tuple[int, int, int], float]) -> Constants:
+    """The constants of one tile, by the logarithm of its times.
+
+    Outliers weigh little, and so do products at which other tiles are much faster.
+    """
 
     def residuals(logs: np.ndarray) -> list[float]:
-        return [math.log(time.predict(*np.exp(logs)) / time.us) for time in times]
+        return [
+            (best[time.K, time.N, time.M] / time.us) ** 3
+            * math.log(time.predict(*np.exp(logs)) / time.us)
+            for time in times
+        ]
 
     fits = [
         least_squares(residuals, np.log([stage_us, 1.0, 2.0]), loss="soft_l1", f_scale=0.05)
@@ -88,7 +97,26 @@ def fit(times: list[Time]) -> tuple[float, float, float]:
     return float(stage_us), float(tile_us), float(shared_us)
 
 
-def losses(times: list[Time], constants: dict[str, tuple[float, float, float]]) -> list[float]:
+def nudge(times: list[Time], constants: dict[str, Constants]) -> None:
+    """Moves single constants, by 10% at most in a step, as long as that makes the choice better."""
+
+    def loss() -> float:
+        return sum(map(math.log, losses(times, constants)))
+
+    least, before = loss(), math.inf
+    while least < before:
+        before = least
+        for tile, index, factor in itertools.product(constants, range(3), (0.9, 0.95, 1.05, 1.1)):
+            old = constants[tile]
+            new = [value * factor if i == index else value for i, value in enumerate(old)]
+            constants[tile] = (new[0], new[1], new[2])
+            if (now := loss()) < least - 1e-4:
+                least = now
+            else:
+                constants[tile] = old
+
+
+def losses(times: list[Time], constants: dict[str, Constants]) -> list[float]:
     """What the choice by these constants takes over the best tile, for every K, N, M."""
     rows = defaultdict(list)
     for time in times:
@@ -116,7 +144,11 @@ def main() -> int:
     of_tile = defaultdict(list)
     for time in times:
         of_tile[time.tile].append(time)
-    constants = {tile: fit(some) for tile, some in of_tile.items()}
+    best: dict[tuple[int, int, int], float] = defaultdict(lambda: math.inf)
+    for time in times:
+        best[time.K, time.N, time.M] = min(best[time.K, time.N, time.M], time.us)
+    constants = {tile: fit(some, best) for tile, some in of_tile.items()}
+    nudge(times, constants)
     for tile, (stage_us, tile_us, shared_us) in constants.items():
         sizes = tile.replace("x", ", ")
         print(f"    {{{{{sizes}}}, {stage_us:.4f}f, {tile_us:.2f}f, {shared_us:.2f}f}},")

@@ -58,38 +58,33 @@ struct TileCost {
 
 constexpr TileCost kTiles[] = {
     // 8 tokens
-    {{4, 1, 1, 1, 8, 4}, 0.0681f, 0.84f, 1.38f},
-    {{4, 1, 1, 1, 16, 3}, 0.0641f, 1.09f, 1.61f},
-    {{4, 1, 2, 1, 8, 3}, 0.1249f, 0.56f, 2.14f},
-    {{4, 1, 4, 1, 4, 3}, 0.2396f, 0.00f, 2.90f},
-    {{4, 1, 1, 1, 8, 3}, 0.0685f, 0.77f, 1.37f},
+    {{4, 1, 1, 1, 8, 4}, 0.0788f, 0.55f, 1.59f},
+    {{4, 1, 4, 1, 4, 3}, 0.2918f, 0.43f, 3.65f},
+    {{4, 1, 1, 1, 8, 3}, 0.0798f, 0.42f, 1.67f},
     // 16
-    {{4, 2, 1, 1, 8, 4}, 0.0846f, 1.47f, 1.07f},
-    {{4, 2, 1, 1, 12, 3}, 0.0776f, 1.75f, 1.05f},
-    {{4, 2, 2, 1, 6, 3}, 0.1558f, 1.48f, 1.62f},
-    {{4, 2, 4, 1, 3, 3}, 0.3208f, 1.93f, 2.06f},
-    {{4, 2, 1, 1, 8, 2}, 0.0933f, 1.12f, 1.22f},
+    {{4, 2, 1, 1, 8, 4}, 0.0907f, 0.61f, 2.05f},
+    {{4, 2, 4, 1, 3, 3}, 0.3395f, 0.32f, 3.35f},
+    {{4, 2, 1, 1, 8, 2}, 0.1136f, 0.32f, 2.12f},
     // 32
-    {{4, 4, 1, 1, 8, 3}, 0.1255f, 1.34f, 1.61f},
-    {{4, 4, 4, 1, 3, 4}, 0.4447f, 1.21f, 3.50f},
-    {{4, 4, 1, 1, 8, 2}, 0.1349f, 0.76f, 2.08f},
-    {{4, 4, 1, 1, 4, 3}, 0.1455f, 1.17f, 1.75f},
+    {{4, 4, 1, 1, 8, 3}, 0.1107f, 1.22f, 1.95f},
+    {{4, 4, 4, 1, 3, 4}, 0.4412f, 0.51f, 3.63f},
+    {{4, 4, 1, 1, 4, 3}, 0.1323f, 0.76f, 1.75f},
     // 48, 64
-    {{4, 6, 2, 1, 4, 3}, 0.2995f, 1.65f, 2.42f},
-    {{4, 6, 4, 1, 2, 4}, 0.6016f, 1.52f, 4.59f},
-    {{4, 8, 2, 1, 4, 3}, 0.3733f, 2.07f, 2.50f},
-    {{4, 8, 4, 1, 2, 4}, 0.7566f, 1.96f, 5.05f},
-    {{4, 8, 2, 1, 2, 3}, 0.4386f, 2.51f, 3.03f},
-    {{4, 6, 1, 1, 8, 2}, 0.2f, 1.0f, 1.0f},
-    {{4, 8, 1, 1, 8, 2}, 0.25f, 1.0f, 1.0f},
+    {{4, 6, 2, 1, 4, 3}, 0.2969f, 0.39f, 3.26f},
+    {{4, 6, 4, 1, 2, 4}, 0.5907f, 0.00f, 5.11f},
+    {{4, 8, 2, 1, 4, 3}, 0.3613f, 1.51f, 3.16f},
+    {{4, 8, 4, 1, 2, 4}, 0.7357f, 0.13f, 4.99f},
+    {{4, 8, 2, 1, 2, 3}, 0.4533f, 0.93f, 3.24f},
+    {{4, 6, 1, 1, 8, 2}, 0.1624f, 1.41f, 2.69f},
+    {{4, 8, 1, 1, 8, 2}, 0.1942f, 1.91f, 2.55f},
     // 96, 128
-    {{2, 16, 2, 1, 4, 2}, 0.3630f, 1.84f, 1.82f},
-    {{2, 12, 2, 1, 4, 3}, 0.3f, 1.0f, 1.0f},
-    {{2, 12, 8, 1, 1, 4}, 1.0f, 1.0f, 1.0f},
-    {{2, 12, 4, 1, 2, 4}, 0.5334f, 1.31f, 3.28f},
-    {{2, 16, 4, 1, 2, 4}, 0.6918f, 1.62f, 4.01f},
-    {{2, 16, 8, 1, 1, 4}, 1.3542f, 4.87f, 5.03f},
-    {{2, 16, 4, 1, 1, 4}, 0.8067f, 7.52f, 0.00f},
+    {{2, 16, 2, 1, 4, 2}, 0.3999f, 0.71f, 2.33f},
+    {{2, 12, 2, 1, 4, 3}, 0.2948f, 0.48f, 2.19f},
+    {{2, 12, 8, 1, 1, 4}, 1.0926f, 0.00f, 6.30f},
+    {{2, 12, 4, 1, 2, 4}, 0.5411f, 0.35f, 3.37f},
+    {{2, 16, 4, 1, 2, 4}, 0.6806f, 1.42f, 2.82f},
+    {{2, 16, 8, 1, 1, 4}, 1.3272f, 0.00f, 8.05f},
+    {{2, 16, 4, 1, 1, 4}, 0.7263f, 1.34f, 4.01f},
 };
 constexpr int kNumTiles = sizeof(kTiles) / sizeof(kTiles[0]);
 
@@ -248,9 +243,14 @@ __device__ inline int thread_anew() {
   return x;
 }
 
-// A barrier among the warps of one team. id 0 is __syncthreads'.
-__device__ inline void named_barrier(int id, int num_threads) {
-  asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(num_threads) : "memory");
+// A barrier among a warp, or so many threads of the CTA. id 0 is __syncthreads'.
+template <int kThreads>
+__device__ inline void barrier(int id) {
+  if constexpr (kThreads == 32) {
+    __syncwarp();
+  } else {
+    asm volatile("bar.sync %0, %1;" ::"r"(id), "n"(kThreads) : "memory");
+  }
 }
 
 // (word & mask) | bits in one instruction: 0xea is the truth table of (a & b) | c.
@@ -318,7 +318,6 @@ __global__ void __launch_bounds__(32 * kWarpsN * kWarpsM * kTeams, 1) marlin_ker
   const int lane = threadIdx.x % 32, warp = __shfl_sync(0xffffffff, threadIdx.x / 32, 0);  // uniform: scalar registers
   const int team = kTeams == 1 ? 0 : warp / kTeamWarps, team_thread = threadIdx.x % kTeamThreads;
   const int warp_n = warp % kTeamWarps % kWarpsN, warp_m = warp % kTeamWarps / kWarpsN;
-  const int g = lane / 4, t = lane % 4;
   const bool grouped = args.group_magic != 0;
 
   extern __shared__ __align__(128) unsigned char smem[];
@@ -332,13 +331,7 @@ __global__ void __launch_bounds__(32 * kWarpsN * kWarpsM * kTeams, 1) marlin_ker
   const int stripe_begin = cta * args.stripe + min(cta, args.longer);
   const int stripe_end = stripe_begin + args.stripe + (cta < args.longer);
 
-  auto team_barrier = [&] {
-    if constexpr (kTeamWarps == 1) {
-      __syncwarp();
-    } else {
-      named_barrier(kTeams == 1 ? 0 : 1 + team, kTeamThreads);
-    }
-  };
+  auto team_barrier = [&] { barrier<kTeamThreads>(kTeams == 1 ? 0 : 1 + team); };
 
   // ---- issue next loads: a cursor that runs ahead of the products, over the borders of tiles -------------------------
   // In a stage, a thread copies every (kTeamThreads / kPiecesB)-th k16 row of one column of 16-byte pieces of B, the same
@@ -444,7 +437,7 @@ __global__ void __launch_bounds__(32 * kWarpsN * kWarpsM * kTeams, 1) marlin_ker
 
   const int chunk = warp_n * kBlocksN / 4, chunk_half = warp_n * kBlocksN % 4 / 2;  // of the stage, this warp's
   const uint32_t b_rd = keep(ring + chunk * 512 + lane * 16 + chunk_half * 8);
-  const uint32_t s_rd = keep(ring + kSOffset + chunk * 128 + g * 16 + chunk_half * 8);
+  const uint32_t s_rd = keep(ring + kSOffset + chunk * 128 + lane / 4 * 16 + chunk_half * 8);
   float acc[kBlocksN][kBlocksM][4];  // (m16 blocks, n8 blocks, features g and g + 8 x tokens 2t and 2t + 1)
 
   // ---- load fragments, dequantise, multiply: few tokens ------------------------------------------------------------
@@ -562,20 +555,14 @@ __global__ void __launch_bounds__(32 * kWarpsN * kWarpsM * kTeams, 1) marlin_ker
     }
   };
 
-  // ---- write: sum over the teams, through the patches to rows of C --------------------------------------------------------
-  // Rolled up: unrolled over all accumulators, this was 7000 instructions that ran twice a launch, and fetching them took
-  // longer than what they did (20 us of 335 at 8192x8192, M = 1024).
+  // ---- write: sum over the teams, through the patches to rows of C ---------------------------------------------------
+  // Rolled up: unrolled over all accumulators these were 7000 instructions, run twice a launch, and most of the time at a
+  // tile's end went into fetching them (docs/tried.md).
   auto write_tile = [&](int n0, int64_t m0) {
     constexpr int kRow = 4 * kBlocksN, kVectors = kTile.patch_tokens() * kRow;  // float4 of a patch: a row, all
     constexpr int kBlocks = kTile.patch_tokens() / 8, kRounds = kBlocksM / kBlocks;
     static_assert(kBlocksM % kBlocks == 0);
-    auto barrier = [&] {
-      if constexpr (kTeams == 1) {
-        __syncwarp();
-      } else {
-        __syncthreads();
-      }
-    };
+    constexpr int kMeeting = kTeams == 1 ? 32 : kThreads;  // a single team's warps read back their own patches
     const int thread = thread_anew(), lane = thread % 32, g = lane / 4, t = lane % 4;
     // The warps at the same place of all teams read that place's patches: a thread stays at its four features.
     const int reader = team * 32 + lane, member = warp % kTeamWarps;
@@ -601,7 +588,7 @@ __global__ void __launch_bounds__(32 * kWarpsN * kWarpsM * kTeams, 1) marlin_ker
 #pragma unroll
         for (int e = 0; e < 4; ++e) patch_wr[(j % kBlocks * 8 + e % 2) * kPitch + 16 * i + 8 * (e / 2)] = acc[i][j][e];
       }
-      barrier();
+      barrier<kMeeting>(0);
 #pragma unroll
       for (int v = reader; v < kVectors; v += 32 * kTeams) {
         float4 sum = *reinterpret_cast<const float4*>(patch_rd + v / kRow * kPitch);
@@ -623,11 +610,11 @@ __global__ void __launch_bounds__(32 * kWarpsN * kWarpsM * kTeams, 1) marlin_ker
           if (n + 3 < p.N_C) c[3] = __high2half(upper);
         }
       }
-      barrier();
+      barrier<kMeeting>(0);
     }
   };
 
-  // ---- reduce across CTAs: fragments as they are, 16 bytes a lane -------------------------------------------------------
+  // ---- reduce across CTAs: fragments as they are, 16 bytes a lane ----------------------------------------------------
   auto cta_of = [&](int unit) {
     const int by_longer = unit / (args.stripe + 1);
     return by_longer < args.longer ? by_longer : (unit - args.longer) / args.stripe;
@@ -699,9 +686,8 @@ __global__ void __launch_bounds__(32 * kWarpsN * kWarpsM * kTeams, 1) marlin_ker
       __syncthreads();
       if (!is_last) return false;
     }
-    constexpr int kBatch = kTeams == 2 ? 4
-                           : kOwn < 8  ? kOwn
-                                       : 8;  // loads in flight: a round trip to L2 takes most of a microsecond
+    // Loads in flight: a round trip to L2 takes most of a microsecond.
+    constexpr int kBatch = kTeams == 2 ? 4 : kOwn < 8 ? kOwn : 8;
 #pragma unroll
     for (int k0 = 0; k0 < kOwn; k0 += kBatch) {
       float4 sum[kBatch];
@@ -755,9 +741,11 @@ __global__ void __launch_bounds__(32 * kWarpsN * kWarpsM * kTeams, 1) marlin_ker
   if constexpr (!kFew) wait_for_stage();
 
   int unit = stripe_begin + team;  // this team's next stage in the line
-  for (int tile = stripe_begin / args.k_stages; tile * args.k_stages < stripe_end; ++tile) {
+  int begin = stripe_begin;        // of this CTA's part of the tile
+  for (int tile = begin / args.k_stages; begin < stripe_end; ++tile) {
     const int tile_end = min(stripe_end, (tile + 1) * args.k_stages);
-    const int most = (tile_end - max(stripe_begin, tile * args.k_stages) + kTeams - 1) / kTeams;
+    const int most = (tile_end - begin + kTeams - 1) / kTeams;
+    begin = tile_end;
     const int rounds = (tile_end - unit + kTeams - 1) / kTeams;  // this team's, most or one less
     clear(acc);
     unit += rounds * kTeams;
