@@ -396,12 +396,12 @@ void run_on_cuda(const char* op, const Problem& p, const Hints& hints, const Ten
   Tensor partials;
   if (config.num_partials > 0) partials = at::empty({config.num_partials}, x.options().dtype(at::kFloat));
   float* const scratch = partials.defined() ? partials.data_ptr<float>() : nullptr;
+  const bool overlaps = cuda_options().overlap && device.capability >= 90;
 #ifdef MARLIN_WITH_SM90
-  const Status status = choice.backend == Backend::sm90
-                            ? run_sm90(p, config, cuda_options().overlap, locks, scratch, stream)
-                            : run_sm80(p, config, locks, scratch, stream);
+  const Status status = choice.backend == Backend::sm90 ? run_sm90(p, config, overlaps, locks, scratch, stream)
+                                                        : run_sm80(p, config, overlaps, locks, scratch, stream);
 #else
-  const Status status = run_sm80(p, config, locks, scratch, stream);
+  const Status status = run_sm80(p, config, overlaps, locks, scratch, stream);
 #endif
   TORCH_CHECK(status == Status::ok, op, ": ", status_text(status),
               status == Status::launch_failed ? std::string(": ") + cudaGetErrorString(cudaGetLastError()) : "");

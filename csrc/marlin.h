@@ -97,7 +97,6 @@ struct Config {
   int num_locks = 0;         // int32 counters that must be zero before, and are zero after
   int64_t num_partials = 0;  // float32 scratch for tiles that several CTAs share
   int stripes = 0;           // clusters that share tiles (Hopper)
-  int idle = 0;              // CTAs more, for balance where launches overlap
 };
 
 Config choose_config_sm80(const Problem& p, const Device& device, const Hints& hints);

@@ -44,7 +44,7 @@ struct Tile {
   MARLIN_HD constexpr int stage_bytes() const { return b_bytes() + a_bytes() + s_bytes(); }
   MARLIN_HD constexpr int patch_pitch() const { return 16 * blocks_n + 4; }  // + 4 spreads four tokens over all banks
   // A warp's patch, in which it lays out accumulators as rows of C, a few tokens x its features at a time.
-  MARLIN_HD constexpr int patch_tokens() const { return teams == 1 || blocks_m < 4 ? 8 : blocks_n == 2 ? 32 : 16; }
+  MARLIN_HD constexpr int patch_tokens() const { return blocks_m < 4 ? 8 : blocks_n == 2 && teams > 1 ? 32 : 16; }
   MARLIN_HD constexpr int patch_floats() const { return patch_tokens() * patch_pitch(); }
   MARLIN_HD constexpr int smem_bytes() const { return teams * stages * stage_bytes() + warps() * patch_floats() * 4; }
 };
@@ -58,34 +58,33 @@ struct TileCost {
 
 constexpr TileCost kTiles[] = {
     // 8 tokens
-    {{4, 1, 1, 1, 8, 4}, 0.0681f, 0.84f, 1.38f},
-    {{4, 1, 1, 1, 16, 3}, 0.0641f, 1.09f, 1.61f},
-    {{4, 1, 2, 1, 8, 3}, 0.1249f, 0.56f, 2.14f},
-    {{4, 1, 4, 1, 4, 3}, 0.2396f, 0.00f, 2.90f},
-    {{4, 1, 1, 1, 8, 3}, 0.0685f, 0.77f, 1.37f},
+    {{4, 1, 1, 1, 8, 4}, 0.0788f, 0.55f, 1.59f},
+    {{4, 1, 4, 1, 4, 3}, 0.2918f, 0.43f, 3.65f},
+    {{4, 1, 1, 1, 8, 3}, 0.0798f, 0.42f, 1.67f},
     // 16
-    {{4, 2, 1, 1, 8, 4}, 0.0846f, 1.47f, 1.07f},
-    {{4, 2, 1, 1, 12, 3}, 0.0776f, 1.75f, 1.05f},
-    {{4, 2, 2, 1, 6, 3}, 0.1558f, 1.48f, 1.62f},
-    {{4, 2, 4, 1, 3, 3}, 0.3208f, 1.93f, 2.06f},
-    {{4, 2, 1, 1, 8, 2}, 0.0933f, 1.12f, 1.22f},
+    {{4, 2, 1, 1, 8, 4}, 0.0907f, 0.61f, 2.05f},
+    {{4, 2, 4, 1, 3, 3}, 0.3395f, 0.32f, 3.35f},
+    {{4, 2, 1, 1, 8, 2}, 0.1136f, 0.32f, 2.12f},
     // 32
-    {{4, 4, 1, 1, 8, 3}, 0.1255f, 1.34f, 1.61f},
-    {{4, 4, 4, 1, 3, 4}, 0.4447f, 1.21f, 3.50f},
-    {{4, 4, 1, 1, 8, 2}, 0.1349f, 0.76f, 2.08f},
-    {{4, 4, 1, 1, 4, 3}, 0.1455f, 1.17f, 1.75f},
+    {{4, 4, 1, 1, 8, 3}, 0.1107f, 1.22f, 1.95f},
+    {{4, 4, 4, 1, 3, 4}, 0.4412f, 0.51f, 3.63f},
+    {{4, 4, 1, 1, 4, 3}, 0.1323f, 0.76f, 1.75f},
     // 48, 64
-    {{4, 6, 2, 1, 4, 3}, 0.2995f, 1.65f, 2.42f},
-    {{4, 6, 4, 1, 2, 4}, 0.6016f, 1.52f, 4.59f},
-    {{4, 8, 2, 1, 4, 3}, 0.3733f, 2.07f, 2.50f},
-    {{4, 8, 4, 1, 2, 4}, 0.7566f, 1.96f, 5.05f},
-    {{4, 8, 2, 1, 2, 3}, 0.4386f, 2.51f, 3.03f},
+    {{4, 6, 2, 1, 4, 3}, 0.2969f, 0.39f, 3.26f},
+    {{4, 6, 4, 1, 2, 4}, 0.5907f, 0.00f, 5.11f},
+    {{4, 8, 2, 1, 4, 3}, 0.3613f, 1.51f, 3.16f},
+    {{4, 8, 4, 1, 2, 4}, 0.7357f, 0.13f, 4.99f},
+    {{4, 8, 2, 1, 2, 3}, 0.4533f, 0.93f, 3.24f},
+    {{4, 6, 1, 1, 8, 2}, 0.1624f, 1.41f, 2.69f},
+    {{4, 8, 1, 1, 8, 2}, 0.1942f, 1.91f, 2.55f},
     // 96, 128
-    {{2, 16, 2, 1, 4, 2}, 0.3630f, 1.84f, 1.82f},
-    {{2, 12, 4, 1, 2, 4}, 0.5334f, 1.31f, 3.28f},
-    {{2, 16, 4, 1, 2, 4}, 0.6918f, 1.62f, 4.01f},
-    {{2, 16, 8, 1, 1, 4}, 1.3542f, 4.87f, 5.03f},
-    {{2, 16, 4, 1, 1, 4}, 0.8067f, 7.52f, 0.00f},
+    {{2, 16, 2, 1, 4, 2}, 0.3999f, 0.71f, 2.33f},
+    {{2, 12, 2, 1, 4, 3}, 0.2948f, 0.48f, 2.19f},
+    {{2, 12, 8, 1, 1, 4}, 1.0926f, 0.00f, 6.30f},
+    {{2, 12, 4, 1, 2, 4}, 0.5411f, 0.35f, 3.37f},
+    {{2, 16, 4, 1, 2, 4}, 0.6806f, 1.42f, 2.82f},
+    {{2, 16, 8, 1, 1, 4}, 1.3272f, 0.00f, 8.05f},
+    {{2, 16, 4, 1, 1, 4}, 0.7263f, 1.34f, 4.01f},
 };
 constexpr int kNumTiles = sizeof(kTiles) / sizeof(kTiles[0]);
 
@@ -135,6 +134,7 @@ Config choose_config_sm80(const Problem& p, const Device& device, const Hints& h
     const Tile& tile = kTiles[i].tile;
     if (tile.smem_bytes() > device.smem_bytes) continue;
     if (hints.tile_n != -1 && tile.features() != hints.tile_n) continue;
+    if (hints.tile_idx != -1 && hints.tile_idx != i) continue;
     const int64_t tiles = ceil_div(p.N, tile.features()) * ceil_div(p.M, tile.tokens());
     int even = most;  // the most CTAs of which each has whole tiles, or each tile the same number of CTAs
     while (!wished && tiles % even != 0 && even % tiles != 0) --even;
@@ -180,6 +180,15 @@ __device__ inline int fetch_add_acq_rel(int32_t* gmem, int value) {
   return old;
 }
 
+// The count so far. Does not order what is read later: fence_acq_rel does.
+__device__ inline int load_relaxed(const int32_t* gmem) {
+  int value;
+  asm volatile("ld.relaxed.gpu.s32 %0, [%1];" : "=r"(value) : "l"(gmem) : "memory");
+  return value;
+}
+
+__device__ inline void fence_acq_rel() { asm volatile("fence.acq_rel.gpu;" ::: "memory"); }
+
 __device__ inline void cp_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 
 template <int kPending>
@@ -218,13 +227,44 @@ __device__ inline void mma_m16n8k16(float (&c)[4], const uint32_t (&a)[4], const
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 }
 
-// x, but the compiler does not know that: it keeps x in a register instead of making it anew, from the thread's index and
-// the kernel's arguments, in every turn of the loop (40 instructions of 420).
+// x in a register for good: the compiler would rather make it anew, from the thread's index, in every turn of the loop. It
+// cannot see through a shuffle.
 __device__ inline uint32_t keep(uint32_t x) { return __shfl_sync(0xffffffff, x, threadIdx.x % 32); }
 
-// A barrier among the warps of one team. id 0 is __syncthreads'.
-__device__ inline void named_barrier(int id, int num_threads) {
-  asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(num_threads) : "memory");
+// x in a register, once: the compiler would make it again for each predicated copy that needs it.
+__device__ inline uint32_t made(uint32_t x) {
+  asm volatile("" : "+r"(x));
+  return x;
+}
+
+// threadIdx.x, read anew: what a tile's end makes of it is not kept in registers through the main loop.
+__device__ inline int thread_anew() {
+  int x;
+  asm volatile("mov.u32 %0, %%tid.x;" : "=r"(x));
+  return x;
+}
+
+// A barrier among a warp, or so many threads of the CTA. id 0 is __syncthreads'.
+template <int kThreads>
+__device__ inline void barrier(int id) {
+  if constexpr (kThreads == 32) {
+    __syncwarp();
+  } else {
+    asm volatile("bar.sync %0, %1;" ::"r"(id), "n"(kThreads) : "memory");
+  }
+}
+
+// Programmatic dependent launch: the next kernel of the stream may start; the one before is done, its memory seen.
+__device__ inline void overlap_next_kernel() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+
+__device__ inline void wait_for_previous_kernel() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
 }
 
 // (word & mask) | bits in one instruction: 0xea is the truth table of (a & b) | c.
@@ -273,9 +313,9 @@ struct Args {
   int n, k_a, lda;       // p.N, p.K_A, p.lda
   int whole_stages;      // stages that are full: min(K, K_A) / 64
   int k16_rows;          // K / 16
-  int k32_rows;          // K / 32
   uint32_t group_magic;  // ceil(2^32 / (group / 16)), which divides by __umulhi; 0 for channelwise
   bool wide_c;           // C takes 8-byte stores
+  bool overlap;          // the kernel before in the stream may still run
   int32_t* locks;
   float* partials;
 };
@@ -289,17 +329,16 @@ __global__ void __launch_bounds__(32 * kWarpsN * kWarpsM * kTeams, 1) marlin_ker
   static_assert(!kFew || (kBlocksN == 4 && kWarpsM == 1), "the loop for few tokens knows whole chunks only");
   static_assert(kFew || kBlocksM % 2 == 0, "ldmatrix brings two blocks");
 
+  overlap_next_kernel();
   const Problem& p = args.p;
-  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-  const int team = warp / kTeamWarps, team_thread = threadIdx.x % kTeamThreads;
+  const int lane = threadIdx.x % 32, warp = __shfl_sync(0xffffffff, threadIdx.x / 32, 0);  // uniform: scalar registers
+  const int team = kTeams == 1 ? 0 : warp / kTeamWarps, team_thread = threadIdx.x % kTeamThreads;
   const int warp_n = warp % kTeamWarps % kWarpsN, warp_m = warp % kTeamWarps / kWarpsN;
-  const int g = lane / 4, t = lane % 4;
   const bool grouped = args.group_magic != 0;
 
   extern __shared__ __align__(128) unsigned char smem[];
   __shared__ int is_last;
   const uint32_t ring = smem_address(smem) + team * kStages * kTile.stage_bytes();
-  const uint32_t ring_last = ring + (kStages - 1) * kTile.stage_bytes();
   float* const patches = reinterpret_cast<float*>(smem + kTeams * kStages * kTile.stage_bytes());
   constexpr int kPatch = kTile.patch_floats(), kPitch = kTile.patch_pitch();
   constexpr uint32_t kAOffset = kTile.b_bytes(), kSOffset = kTile.b_bytes() + kTile.a_bytes();
@@ -308,13 +347,7 @@ __global__ void __launch_bounds__(32 * kWarpsN * kWarpsM * kTeams, 1) marlin_ker
   const int stripe_begin = cta * args.stripe + min(cta, args.longer);
   const int stripe_end = stripe_begin + args.stripe + (cta < args.longer);
 
-  auto team_barrier = [&] {
-    if constexpr (kTeamWarps == 1) {
-      __syncwarp();
-    } else {
-      named_barrier(kTeams == 1 ? 0 : 1 + team, kTeamThreads);
-    }
-  };
+  auto team_barrier = [&] { barrier<kTeamThreads>(kTeams == 1 ? 0 : 1 + team); };
 
   // ---- issue next loads: a cursor that runs ahead of the products, over the borders of tiles -------------------------
   // In a stage, a thread copies every (kTeamThreads / kPiecesB)-th k16 row of one column of 16-byte pieces of B, the same
@@ -324,91 +357,103 @@ __global__ void __launch_bounds__(32 * kWarpsN * kWarpsM * kTeams, 1) marlin_ker
   constexpr int kRowsB = kTeamThreads / kPiecesB, kRowsA = kTeamThreads / kPiecesA;  // that the team copies at once
   const int b_row = team_thread / kPiecesB, b_piece = team_thread % kPiecesB;
   const int a_copy_row = team_thread / kPiecesA, a_piece = team_thread % kPiecesA;
-  const int s_row = team_thread / kPiecesS, s_piece = team_thread % kPiecesS;
-  const uint32_t a_wr = keep(kAOffset + a_copy_row * 128 + ((a_piece ^ (a_copy_row & 7)) << 4));
-  const uint32_t b_wr = keep(team_thread * 16);  // and where it puts s, behind kSOffset
-  const uint32_t b_row_bytes = keep(8 * args.n), a_row_bytes = keep(2 * args.lda), s_row_bytes = 2 * args.n;
+  const int s_k16 = keep(team_thread / kPiecesS * (SCALE_K / TILE_K)), s_piece = team_thread % kPiecesS;
+  const uint32_t a_wr = keep(ring + kAOffset + a_copy_row * 128 + ((a_piece ^ (a_copy_row & 7)) << 4));
+  const uint32_t b_wr = keep(ring + team_thread * 16);  // and where it puts s, behind kSOffset
+  const uint32_t b_row_bytes = 8 * args.n, a_row_bytes = 2 * args.lda, s_row_bytes = 2 * args.n;
+  constexpr uint32_t kStageBytes = kTile.stage_bytes(), kLastStage = (kStages - 1) * kStageBytes;
+  auto next_stage = [](uint32_t stage) { return stage == kLastStage ? 0 : stage + kStageBytes; };
 
-  int load_tile, load_k;     // the stage to load next
-  int load_k_end;            // where this tile ends, or the stripe
-  uint32_t stage_wr = ring;  // where it goes
-  const char *b_gmem, *a_gmem, *s_gmem;
-  int a_rows;   // this thread has in the tile, counted from its first one
-  int b_rows;   // the same in the whole of K
-  bool s_mine;  // whether it copies scales
+  int load_tile, load_k;        // the stage to load next
+  int load_k_plain;             // where this tile ends, or the stripe, or the first stage that is not full
+  uint32_t stage_wr = 0;        // where it goes, from the start of the ring
+  const char *b_gmem, *a_gmem;  // where the stage before the next came from
+  uint32_t s_column;            // its first byte in a row of s
+  int a_rows;                   // this thread has in the tile, counted from its first one
+  int b_rows;                   // the same in the whole of K
+  bool s_mine;                  // whether it copies scales
 
+  auto load_k_end = [&] { return min(args.k_stages, stripe_end - load_tile * args.k_stages); };
   auto aim_loads = [&](int unit) {
     load_tile = unit / args.k_stages;
     load_k = unit - load_tile * args.k_stages;
     if (unit < stripe_end) {
       const int n0 = load_tile / args.token_tiles * kFeatures;
       const int64_t m0 = static_cast<int64_t>(load_tile % args.token_tiles) * kTokens + a_copy_row;
-      b_gmem =
-          static_cast<const char*>(p.B) + (int64_t{load_k} * STEPS + b_row) * b_row_bytes + (n0 * 8 + b_piece * 16);
-      a_gmem = static_cast<const char*>(p.A) + m0 * a_row_bytes + (load_k * STAGE_K + a_piece * 8) * 2;
-      s_gmem = static_cast<const char*>(p.s) + (n0 + s_piece * 8) * 2;
+      const int64_t before = load_k - kTeams;
+      b_gmem = static_cast<const char*>(p.B) + (before * STEPS + b_row) * b_row_bytes + (n0 * 8 + b_piece * 16);
+      a_gmem = static_cast<const char*>(p.A) + m0 * a_row_bytes + (before * STAGE_K + a_piece * 8) * 2;
+      s_column = (n0 + s_piece * 8) * 2;
       a_rows = static_cast<int>(min(int64_t{kTokens - a_copy_row}, p.M - m0));
       b_rows = n0 + 2 * b_piece < args.n ? args.k16_rows - b_row : 0;
-      s_mine = grouped && s_row < SCALE_ROWS && n0 + 8 * s_piece < args.n;
-      load_k_end = min(args.k_stages, stripe_end - load_tile * args.k_stages);
+      s_mine = grouped && thread_anew() % kTeamThreads < SCALE_ROWS * kPiecesS && n0 + 8 * s_piece < args.n;
+      load_k_plain = min(args.whole_stages, load_k_end());
     } else {  // nothing more to load
-      a_rows = 0, b_rows = 0, s_mine = false, load_k_end = INT_MAX;
+      a_rows = 0, b_rows = 0, s_mine = false, load_k_plain = INT_MAX / 2;
     }
   };
 
-  // In three parts of few instructions, to be issued between the products of a stage. No branch but for rare cases.
-  constexpr int kRoundsA = (kTokens + kRowsA - 1) / kRowsA;
   // kRowsA is 4 only for single warps; then rows i + 4 sit in the other half of the eight permuted rows
-  auto a_dst = [&](int i) { return stage_wr + (kRowsA % 8 == 0 ? a_wr : a_wr ^ ((i & 4) << 4)) + i * 128; };
-  auto issue_loads = [&](int part) {
+  auto swizzle_of = [](int row) { return kRowsA % 8 == 0 ? 0 : (row & 4) << 4; };
+
+  // What is rare: the next tile; and stages that are not full, which are copied here.
+  auto prepare_loads = [&] {
+    if (load_k < load_k_plain) return;
+    if (load_k >= load_k_end()) aim_loads(load_tile * args.k_stages + load_k);
+    if (load_k < load_k_plain) return;
+#pragma unroll 1
+    for (int i = 0; i < min(STEPS, b_rows - load_k * STEPS); i += kRowsB) {
+      cp_async16(b_wr + stage_wr + i * kPiecesB * 16, b_gmem + kTeams * STEPS * b_row_bytes + i * b_row_bytes);
+    }
+    const int bytes = 2 * max(0, min(8, args.k_a - load_k * STAGE_K - a_piece * 8));  // zeros behind the last column
+#pragma unroll 1
+    for (int i = 0; i < min(a_rows, kTokens); i += kRowsA) {
+      const char* from = bytes > 0 ? a_gmem + kTeams * STAGE_K * 2 + i * a_row_bytes : static_cast<const char*>(p.A);
+      cp_async16(((a_wr + stage_wr) ^ swizzle_of(i)) + i * 128, from, bytes);
+    }
+  };
+
+  // In two parts, to be issued between the products of a stage: no branches.
+  auto issue_loads = [&](int part, bool weights = true) {
     const bool whole = load_k < args.whole_stages;  // neither K nor the columns of A end in it
     if (part == 0) {
+      b_gmem += kTeams * STEPS * b_row_bytes;
+      a_gmem += kTeams * STAGE_K * 2;
+      const uint32_t b_dst = made(b_wr + stage_wr);
 #pragma unroll
       for (int i = 0; i < STEPS; i += kRowsB) {
-        if (b_rows > 0 && whole) cp_async16(stage_wr + b_wr + i * kPiecesB * 16, b_gmem + i * b_row_bytes);
+        if (weights && b_rows > 0 && whole) cp_async16(b_dst + i * kPiecesB * 16, b_gmem + i * b_row_bytes);
       }
-      if (s_mine) {  // past the end of K the last row, whose products are zero
-        const uint32_t k32 = min(load_k * SCALE_ROWS + s_row, args.k32_rows - 1);
-        cp_async16(stage_wr + b_wr + kSOffset, s_gmem + __umulhi(2 * k32, args.group_magic) * s_row_bytes);
+      if (weights && s_mine) {  // past the end of K the last row, whose products are zero
+        const uint32_t k16 = min(load_k * STEPS + s_k16, args.k16_rows - 1);
+        const uint32_t s_byte = __umulhi(k16, args.group_magic) * s_row_bytes + s_column;
+        cp_async16(b_dst + kSOffset, static_cast<const char*>(p.s) + s_byte);
       }
-      return;
     }
-    const int rows = whole ? a_rows : 0;
+    if (part == 1) {
+      const int rows = whole ? a_rows : 0;
+      const uint32_t first_dst = made(a_wr + stage_wr);
 #pragma unroll
-    for (int i = part == 1 ? 0 : kRoundsA / 2; i < (part == 1 ? kRoundsA / 2 : kRoundsA); ++i) {
-      if (i * kRowsA < rows) cp_async16(a_dst(i * kRowsA), a_gmem + i * kRowsA * a_row_bytes);
-    }
-    if (part == 1) return;
-    if (!whole) {
-#pragma unroll 1
-      for (int i = 0; i < min(STEPS, b_rows - load_k * STEPS); i += kRowsB) {
-        cp_async16(stage_wr + b_wr + i * kPiecesB * 16, b_gmem + i * b_row_bytes);
+      for (int i = 0; i < kTokens; i += kRowsA) {
+        if (i < rows) cp_async16((first_dst ^ swizzle_of(i)) + i * 128, a_gmem + i * a_row_bytes);
       }
-      const int bytes = 2 * max(0, min(8, args.k_a - load_k * STAGE_K - a_piece * 8));  // zeros behind the last column
-#pragma unroll 1
-      for (int i = 0; i < min(a_rows, kTokens); i += kRowsA) {
-        cp_async16(a_dst(i), bytes > 0 ? a_gmem + i * a_row_bytes : static_cast<const char*>(p.A), bytes);
-      }
+      cp_async_commit();  // also when empty: the count of groups is the clock of the ring
+      stage_wr = next_stage(stage_wr);
+      load_k += kTeams;
     }
-    cp_async_commit();  // also when empty: the count of groups is the clock of the ring
-    b_gmem += kTeams * STEPS * b_row_bytes;
-    a_gmem += kTeams * STAGE_K * 2;
-    stage_wr = stage_wr == ring_last ? ring : stage_wr + kTile.stage_bytes();
-    load_k += kTeams;
-    if (load_k >= load_k_end) aim_loads(load_tile * args.k_stages + load_k);
   };
 
   // ---- wait for stage: the next one has landed ------------------------------------------------------------------------
-  uint32_t stage_rd = ring_last;  // the stage that is read; the first one comes next
+  uint32_t stage_rd = kLastStage;  // the stage that is read; the first one comes next
   auto wait_for_stage = [&] {
     cp_async_wait<kStages - 2>();
     team_barrier();  // ... in every warp, and every warp has read the one before: its place is free for new loads
-    stage_rd = stage_rd == ring_last ? ring : stage_rd + kTile.stage_bytes();
+    stage_rd = next_stage(stage_rd);
   };
 
   const int chunk = warp_n * kBlocksN / 4, chunk_half = warp_n * kBlocksN % 4 / 2;  // of the stage, this warp's
-  const uint32_t b_rd = keep(chunk * 512 + lane * 16 + chunk_half * 8);
-  const uint32_t s_rd = keep(kSOffset + chunk * 128 + g * 16 + chunk_half * 8);
+  const uint32_t b_rd = keep(ring + chunk * 512 + lane * 16 + chunk_half * 8);
+  const uint32_t s_rd = keep(ring + kSOffset + chunk * 128 + lane / 4 * 16 + chunk_half * 8);
   float acc[kBlocksN][kBlocksM][4];  // (m16 blocks, n8 blocks, features g and g + 8 x tokens 2t and 2t + 1)
 
   // ---- load fragments, dequantise, multiply: few tokens ------------------------------------------------------------
@@ -419,7 +464,7 @@ __global__ void __launch_bounds__(32 * kWarpsN * kWarpsM * kTeams, 1) marlin_ker
     uint32_t b_frag[STEPS][4], a_frag[STEPS][kBlocksM][2], s_frag[4];
 #pragma unroll
     for (int step = 0; step < STEPS; ++step) load_smem(b_frag[step], stage_rd + b_rd + step * kFeatures * 8);
-    const uint32_t a_row_rd = stage_rd + kAOffset + lane % 8 * 128;
+    const uint32_t a_row_rd = ring + stage_rd + kAOffset + lane % 8 * 128;
 #pragma unroll
     for (int i = 0; i < kBlocksM * STEPS / 2; ++i) {  // an n8 block, two steps
       const int step = i % 2 * 2, j = i / 2;
@@ -427,8 +472,9 @@ __global__ void __launch_bounds__(32 * kWarpsN * kWarpsM * kTeams, 1) marlin_ker
       ldmatrix_x4(a_frag[step][j], a_frag[step + 1][j], a_row_rd + j * 1024 + (piece << 4));
     }
     load_smem(s_frag, stage_rd + s_rd + kFeatures * 2);
+    prepare_loads();
 #pragma unroll
-    for (int part = 0; part < 3; ++part) issue_loads(part);
+    for (int part = 0; part < 2; ++part) issue_loads(part);
 
     float sums[4][kBlocksM][4];  // of one group, not yet scaled; shape as acc
     auto add_scaled = [&](const uint32_t (&scales)[4]) {
@@ -477,10 +523,10 @@ __global__ void __launch_bounds__(32 * kWarpsN * kWarpsM * kTeams, 1) marlin_ker
 
   // ldmatrix: lane l points at row l % 8 of matrix l / 8; matrices: k 0-7, k 8-15, then the next n8 block
   const int a_row = warp_m * 8 * kBlocksM + lane / 16 * 8 + lane % 8;
-  const uint32_t a_rd = keep(kAOffset + a_row * 128 + (((lane / 8 % 2) ^ (lane % 8)) << 4));
+  const uint32_t a_rd = keep(ring + kAOffset + a_row * 128 + (((lane / 8 % 2) ^ (lane % 8)) << 4));
   auto load_a = [&](int index) {  // counted from the stage's first
     const int buffer = index % kBuffers, step = index / kPairs % STEPS, pair = index % kPairs;
-    ldmatrix_x4(a_frag[buffer][0], a_frag[buffer][1], stage_rd + (a_rd ^ (step << 5)) + pair * 2048);
+    ldmatrix_x4(a_frag[buffer][0], a_frag[buffer][1], ((a_rd + stage_rd) ^ (step << 5)) + pair * 2048);
   };
   auto load_b = [&](int step) { load_smem(b_frag, stage_rd + b_rd + step * kFeatures * 8); };
   auto load_s = [&](int half) { load_smem(s_frag[half], stage_rd + s_rd + half * kFeatures * 2); };
@@ -497,7 +543,7 @@ __global__ void __launch_bounds__(32 * kWarpsN * kWarpsM * kTeams, 1) marlin_ker
     const int first_chunk = step + 1 == STEPS ? kChunks - 1 : 0;  // from which on the words of the next step are there
     int part = 0;
     if (step + 1 < STEPS) {
-      issue_loads(step);  // into the place that the last wait_for_stage set free
+      if (step < 2) issue_loads(step);  // into the place that the last wait_for_stage set free
       load_b(next);
     }
     if (step == 1) load_s(1);
@@ -525,158 +571,240 @@ __global__ void __launch_bounds__(32 * kWarpsN * kWarpsM * kTeams, 1) marlin_ker
     }
   };
 
-  // ---- write ---------------------------------------------------------------------------------------------------------
-  auto write = [&](int64_t token, int n, float4 sum) {
-    if (n >= p.N_C) return;  // also the features of a tile behind N: they have no scale
-    float v[4] = {sum.x, sum.y, sum.z, sum.w};
-    half* c_gmem = static_cast<half*>(p.C) + token * p.N_C + n;
+  // ---- write: sum over the teams, through the patches to rows of C ---------------------------------------------------
+  // Rolled up: unrolled over all accumulators these were 7000 instructions, run twice a launch, and most of the time at a
+  // tile's end went into fetching them (docs/tried.md).
+  auto write_tile = [&](int n0, int64_t m0) {
+    constexpr int kRow = 4 * kBlocksN, kVectors = kTile.patch_tokens() * kRow;  // float4 of a patch: a row, all
+    constexpr int kBlocks = kTile.patch_tokens() / 8, kRounds = kBlocksM / kBlocks;
+    static_assert(kBlocksM % kBlocks == 0);
+    constexpr int kMeeting = kTeams == 1 ? 32 : kThreads;  // a single team's warps read back their own patches
+    const int thread = thread_anew(), lane = thread % 32, g = lane / 4, t = lane % 4;
+    // The warps at the same place of all teams read that place's patches: a thread stays at its four features.
+    const int reader = team * 32 + lane, member = warp % kTeamWarps;
+    const int n = n0 + warp_n * 16 * kBlocksN + reader % kRow * 4;
+    float scale[4], bias[4];
 #pragma unroll
     for (int e = 0; e < 4; ++e) {
-      if (!grouped) v[e] *= __half2float(static_cast<const half*>(p.s)[scale_of_channelwise(n + e)]);
-      if (p.bias != nullptr && n + e < p.N_C) v[e] += __half2float(static_cast<const half*>(p.bias)[n + e]);
+      const bool here = n + e < p.N_C;
+      scale[e] = here && !grouped ? __half2float(static_cast<const half*>(p.s)[scale_of_channelwise(n + e)]) : 1.0f;
+      bias[e] = here && p.bias != nullptr ? __half2float(static_cast<const half*>(p.bias)[n + e]) : 0.0f;
     }
-    if (args.wide_c) {
-      const half2 lower = __floats2half2_rn(v[0], v[1]), upper = __floats2half2_rn(v[2], v[3]);
-      *reinterpret_cast<uint2*>(c_gmem) = make_uint2(as_bits(lower), as_bits(upper));
-    } else {
+    const int64_t m = m0 + warp_m * 8 * kBlocksM;
+    const int tokens_here = n < p.N_C ? static_cast<int>(min(int64_t{8 * kBlocksM}, p.M - m)) : 0;
+    half* const c_gmem = static_cast<half*>(p.C) + m * p.N_C + n;
+    float* const patch_wr = patches + warp * kPatch + 2 * t * kPitch + g;
+    const float* const patch_rd = patches + member * kPatch + reader % kRow * 4;
+#pragma unroll 1
+    for (int round = 0; round < kRounds; ++round) {
 #pragma unroll
-      for (int e = 0; e < 4; ++e) {
-        if (n + e < p.N_C) c_gmem[e] = __float2half_rn(v[e]);
+      for (int f = 0; f < kRounds * kBlocks * kBlocksN; ++f) {
+        const int j = f / kBlocksN, i = f % kBlocksN;
+        if (j / kBlocks != round) continue;
+#pragma unroll
+        for (int e = 0; e < 4; ++e) patch_wr[(j % kBlocks * 8 + e % 2) * kPitch + 16 * i + 8 * (e / 2)] = acc[i][j][e];
       }
+      barrier<kMeeting>(0);
+#pragma unroll
+      for (int v = reader; v < kVectors; v += 32 * kTeams) {
+        float4 sum = *reinterpret_cast<const float4*>(patch_rd + v / kRow * kPitch);
+#pragma unroll
+        for (int r = 1; r < kTeams; ++r) {
+          sum = add(sum, *reinterpret_cast<const float4*>(patch_rd + r * kTeamWarps * kPatch + v / kRow * kPitch));
+        }
+        const int token = round * kTile.patch_tokens() + v / kRow;
+        if (token >= tokens_here) continue;
+        const half2 lower = __floats2half2_rn(sum.x * scale[0] + bias[0], sum.y * scale[1] + bias[1]);
+        const half2 upper = __floats2half2_rn(sum.z * scale[2] + bias[2], sum.w * scale[3] + bias[3]);
+        half* const c = c_gmem + token * p.N_C;
+        if (args.wide_c) {
+          *reinterpret_cast<uint2*>(c) = make_uint2(as_bits(lower), as_bits(upper));
+        } else {
+          c[0] = __low2half(lower);
+          if (n + 1 < p.N_C) c[1] = __high2half(lower);
+          if (n + 2 < p.N_C) c[2] = __low2half(upper);
+          if (n + 3 < p.N_C) c[3] = __high2half(upper);
+        }
+      }
+      barrier<kMeeting>(0);
     }
   };
 
-  // ---- reduce in the CTA: a few n8 blocks at a time through the patches; each thread gets float4s of rows of C -------------
-  auto reduce_in_cta = [&](auto&& consume) {
-    constexpr int kRow = 4 * kBlocksN, kVectors = kTile.patch_tokens() * kRow;  // float4 of a patch: a row, all
-    // One team: every warp reads back its own patch. Several: all threads share a team-sized set of patches.
-    constexpr int kReaders = kTeams == 1 ? 32 : kThreads, kAll = (kTeams == 1 ? 1 : kTeamWarps) * kVectors;
-    auto barrier = [&] {
-      if constexpr (kTeams == 1) {
-        __syncwarp();
-      } else {
-        __syncthreads();
-      }
-    };
-#pragma unroll
-    for (int j0 = 0; j0 < kBlocksM; j0 += kTile.patch_tokens() / 8) {
-      float* patch_wr = patches + warp * kPatch + 2 * t * kPitch + g;
-#pragma unroll
-      for (int j = 0; j < kTile.patch_tokens() / 8; ++j) {
-#pragma unroll
-        for (int i = 0; i < kBlocksN; ++i) {
-#pragma unroll
-          for (int e = 0; e < 4; ++e) patch_wr[(8 * j + e % 2) * kPitch + 16 * i + 8 * (e / 2)] = acc[i][j0 + j][e];
-        }
-      }
-      barrier();
-#pragma unroll
-      for (int i = kTeams == 1 ? lane : threadIdx.x; i < kAll; i += kReaders) {
-        const int member = kTeams == 1 ? warp : i / kVectors;  // the warp of a team whose patch this is
-        const int token = i / kRow % kTile.patch_tokens(), n = i % kRow * 4;
-        float4 sum = make_float4(0, 0, 0, 0);
-#pragma unroll
-        for (int r = 0; r < kTeams; ++r) {
-          sum = add(
-              sum, *reinterpret_cast<const float4*>(patches + (r * kTeamWarps + member) * kPatch + token * kPitch + n));
-        }
-        consume(member / kWarpsN * 8 * kBlocksM + 8 * j0 + token, member % kWarpsN * 16 * kBlocksN + n, sum);
-      }
-      barrier();
-    }
-  };
-
-  // ---- reduce across CTAs --------------------------------------------------------------------------------------------
+  // ---- reduce across CTAs: fragments as they are, 16 bytes a lane ----------------------------------------------------
   auto cta_of = [&](int unit) {
     const int by_longer = unit / (args.stripe + 1);
     return by_longer < args.longer ? by_longer : (unit - args.longer) / args.stripe;
   };
+  constexpr int kFragments = kBlocksN * kBlocksM, kOwn = (kFragments + kTeams - 1) / kTeams;
+  auto fragment = [&](int f) {
+    const float (&c)[4] = acc[f % kBlocksN][f / kBlocksN];
+    return make_float4(c[0], c[1], c[2], c[3]);
+  };
+  // The sums over the teams: a thread of team r owns every kTeams-th fragment from r on.
+  auto reduce_teams = [&](float4(&own)[kOwn]) {
+    constexpr int kRound = kPatch >= 1024 ? 8 : 4, kSlot = kPatch / 4;  // fragments that fit into a patch; its float4
+    static_assert(kTeams == 1 || (kRound * 128 <= kPatch && kFragments % kRound == 0));
+    float4* const slots = reinterpret_cast<float4*>(patches) + thread_anew() % 32;
+#pragma unroll
+    for (int f0 = 0; f0 < kFragments; f0 += kRound) {
+#pragma unroll
+      for (int i = 0; i < kRound; ++i) {
+        if ((f0 + i) % kTeams != team) slots[warp * kSlot + i * 32] = fragment(f0 + i);
+      }
+      if constexpr (kTeams > 1) __syncthreads();
+#pragma unroll
+      for (int i = 0; i < kRound; ++i) {
+        if ((f0 + i) % kTeams != team) continue;
+        float4& sum = own[(f0 + i) / kTeams];
+#pragma unroll
+        for (int r = 0; r < kTeams; ++r) {
+          const float4 part =
+              r == team ? fragment(f0 + i) : slots[(r * kTeamWarps + warp % kTeamWarps) * kSlot + i * 32];
+          sum = r == 0 ? part : add(sum, part);
+        }
+      }
+      if constexpr (kTeams > 1) __syncthreads();
+    }
+  };
   // A CTA shares at most two tiles with others: that of its first stage, and that of its last.
   auto partial_of = [&](int cta, bool begins_tile) {
-    return args.partials + (2 * static_cast<int64_t>(cta) + begins_tile) * kTokens * kFeatures;
+    return reinterpret_cast<float4*>(args.partials) +
+           (2 * static_cast<int64_t>(cta) + begins_tile) * (kFragments * kTeamThreads) + thread_anew();
   };
-  auto finish_tile = [&](int tile) {
-    const int n0 = tile / args.token_tiles * kFeatures;
-    const int64_t m0 = static_cast<int64_t>(tile % args.token_tiles) * kTokens;
-    const int tokens_here = static_cast<int>(min(static_cast<int64_t>(kTokens), p.M - m0));
-    if (stripe_begin <= tile * args.k_stages && (tile + 1) * args.k_stages <= stripe_end) {
-      reduce_in_cta([&](int token, int n, float4 sum) {
-        if (token < tokens_here) write(m0 + token, n0 + n, sum);
-      });
-      return;
+  // Sums a tile that the CTAs from first to last share; false if that is left to one of the others.
+  auto reduce_across_ctas = [&](int first, int last, int64_t tokens_here) {
+    // Have all others counted already? The answer arrives while the teams' sums are added up. A single team has no registers
+    // for sums beside its own: it reads back what it wrote.
+    constexpr bool kKeepsOwn = kTeams > 1;
+    int counted = 0;
+    if (kKeepsOwn && threadIdx.x == 0) counted = load_relaxed(args.locks + first);
+    float4 own[kOwn];
+    reduce_teams(own);
+    const int blocks_here = static_cast<int>(min(int64_t{kTokens}, tokens_here) + 7) / 8 - warp_m * kBlocksM;
+    auto needed = [&](int k) {
+      const int f = k * kTeams + team;
+      return (kFragments % kTeams == 0 || f < kFragments) && f / kBlocksN < blocks_here;
+    };
+    if (kKeepsOwn && threadIdx.x == 0) {
+      is_last = counted == last - first;
+      if (is_last) fence_acq_rel();
     }
-    const int first = cta_of(tile * args.k_stages), last = cta_of((tile + 1) * args.k_stages - 1);
-    float* mine = partial_of(cta, cta == first);
-    reduce_in_cta([&](int token, int n, float4 sum) {
-      if (token < tokens_here) __stcg(reinterpret_cast<float4*>(mine + token * kFeatures + n), sum);
-    });
-    // The barrier puts the stores of all threads before thread 0's release, and its acquire before their loads.
     __syncthreads();
-    if (threadIdx.x == 0) is_last = fetch_add_acq_rel(args.locks + first, 1) == last - first;
-    __syncthreads();
-    if (!is_last) return;
-    const int vectors = tokens_here * (kFeatures / 4);
-    constexpr int kBatch = kFew ? 1 : 8;  // loads in flight: a round trip to L2 takes most of a microsecond
-    for (int base = threadIdx.x; base < vectors; base += kBatch * kThreads) {
+    if (!kKeepsOwn || !is_last) {
+      float4* partial = partial_of(cta, cta == first);
+#pragma unroll
+      for (int k = 0; k < kOwn; ++k) {
+        if (needed(k)) __stcg(partial + k * kThreads, own[k]);
+      }
+      // The barrier puts the stores of all threads before thread 0's release, and its acquire before their loads.
+      __syncthreads();
+      if (threadIdx.x == 0) is_last = fetch_add_acq_rel(args.locks + first, 1) == last - first;
+      __syncthreads();
+      if (!is_last) return false;
+    }
+    // Loads in flight: a round trip to L2 takes most of a microsecond.
+    constexpr int kBatch = kTeams == 2 ? 4 : kOwn < 8 ? kOwn : 8;
+#pragma unroll
+    for (int k0 = 0; k0 < kOwn; k0 += kBatch) {
       float4 sum[kBatch];
 #pragma unroll
       for (int i = 0; i < kBatch; ++i) sum[i] = make_float4(0, 0, 0, 0);
+#pragma unroll 1
       for (int other = first; other <= last; ++other) {
-        const float4* partial = reinterpret_cast<const float4*>(partial_of(other, other == first)) + base;
+        const float4* partial = partial_of(other, other == first);
         float4 v[kBatch];
 #pragma unroll
         for (int i = 0; i < kBatch; ++i) {
-          if (base + i * kThreads < vectors) v[i] = __ldcg(partial + i * kThreads);
+          v[i] = kKeepsOwn ? own[k0 + i] : make_float4(0, 0, 0, 0);
+          if (needed(k0 + i) && !(kKeepsOwn && other == cta)) v[i] = __ldcg(partial + (k0 + i) * kThreads);
         }
 #pragma unroll
         for (int i = 0; i < kBatch; ++i) sum[i] = add(sum[i], v[i]);
       }
 #pragma unroll
-      for (int i = 0; i < kBatch; ++i) {
-        const int vector = base + i * kThreads;
-        if (vector < vectors) write(m0 + vector / (kFeatures / 4), n0 + vector % (kFeatures / 4) * 4, sum[i]);
-      }
+      for (int i = 0; i < kBatch; ++i) own[k0 + i] = sum[i];
+    }
+#pragma unroll
+    for (int f = 0; f < kFragments; ++f) {
+      const bool mine = f % kTeams == team;
+      const float4 sum = own[f / kTeams];
+      float (&c)[4] = acc[f % kBlocksN][f / kBlocksN];
+      c[0] = mine ? sum.x : 0, c[1] = mine ? sum.y : 0, c[2] = mine ? sum.z : 0, c[3] = mine ? sum.w : 0;
     }
     if (threadIdx.x == 0) args.locks[first] = 0;
+    return true;
+  };
+  auto finish_tile = [&](int tile) {
+    const int n0 = tile / args.token_tiles * kFeatures;
+    const int64_t m0 = static_cast<int64_t>(tile % args.token_tiles) * kTokens;
+    const int first = cta_of(tile * args.k_stages), last = cta_of((tile + 1) * args.k_stages - 1);
+    if (first == last || reduce_across_ctas(first, last, p.M - m0)) write_tile(n0, m0);
   };
 
   // ---- main loop -----------------------------------------------------------------------------------------------------
   if (!grouped && team_thread < SCALE_ROWS * kPiecesS) {  // channelwise: ones here, the scales when C is written
-    for (uint32_t stage = ring; stage <= ring_last; stage += kTile.stage_bytes()) {
-      store_smem16(stage + kSOffset + team_thread * 16, 0x3c003c00);
+    for (uint32_t stage = 0; stage <= kLastStage; stage += kStageBytes) {
+      store_smem16(ring + stage + kSOffset + team_thread * 16, 0x3c003c00);
     }
   }
-  aim_loads(stripe_begin + team);
+#if __CUDA_ARCH__ >= 900
+  const bool overlaps = args.overlap;
+#else
+  constexpr bool overlaps = false;
+#endif
+  // Weights and scales do not depend on the kernel before: the first of them are copied while it may still run, what it may
+  // have written afterwards.
 #pragma unroll 1
-  for (int i = 0; i < kStages - 1; ++i) {
-#pragma unroll
-    for (int part = 0; part < 3; ++part) issue_loads(part);
+  for (int pass = overlaps ? 0 : 1; pass < 2; ++pass) {
+    if (pass == 1) wait_for_previous_kernel();
+    stage_wr = 0;
+    aim_loads(stripe_begin + team);
+#pragma unroll 1
+    for (int i = 0; i < kStages - 1; ++i) {
+      prepare_loads();
+      issue_loads(0, pass == 0 || !overlaps);
+      if (pass == 1) {
+        issue_loads(1);
+      } else {
+        stage_wr = next_stage(stage_wr);
+        load_k += kTeams;
+      }
+    }
   }
-  if constexpr (!kFew) {
-    wait_for_stage();
-    load_b(0);
-    load_s(0);
-#pragma unroll
-    for (int i = 0; i < kChunkPairs; ++i) load_a(i);
-#pragma unroll
-    for (int part = 0; part < 4 * kBlocksN; ++part) dequantise_part(0, part);
-  }
+  if constexpr (!kFew) wait_for_stage();
 
   int unit = stripe_begin + team;  // this team's next stage in the line
-  for (int tile = stripe_begin / args.k_stages; tile * args.k_stages < stripe_end; ++tile) {
+  int begin = stripe_begin;        // of this CTA's part of the tile
+  for (int tile = begin / args.k_stages; begin < stripe_end; ++tile) {
     const int tile_end = min(stripe_end, (tile + 1) * args.k_stages);
-    int rounds = static_cast<int>((tile_end - max(stripe_begin, tile * args.k_stages) + kTeams - 1) / kTeams);
+    const int most = (tile_end - begin + kTeams - 1) / kTeams;
+    begin = tile_end;
+    const int rounds = (tile_end - unit + kTeams - 1) / kTeams;  // this team's, most or one less
     clear(acc);
-    for (; unit < tile_end; unit += kTeams, --rounds) {
-      if constexpr (kFew) {
-        multiply_few();
-      } else {
+    unit += rounds * kTeams;
+    if constexpr (kFew) {
+#pragma unroll 1
+      for (int round = 0; round < rounds; ++round) multiply_few();
+    } else {
+      load_b(0);
+      load_s(0);
 #pragma unroll
-        for (int step = 0; step < STEPS; ++step) multiply_many(step);
+      for (int i = 0; i < kChunkPairs; ++i) load_a(i);
+#pragma unroll
+      for (int part = 0; part < 4 * kBlocksN; ++part) dequantise_part(0, part);
+      for (int left_rounds = rounds; left_rounds > 0;) {
+        prepare_loads();
+        int plain_rounds = min(left_rounds, max(1, (load_k_plain - load_k + kTeams - 1) / kTeams));
+        left_rounds -= plain_rounds;
+#pragma unroll 1
+        for (; plain_rounds > 0; --plain_rounds) {
+#pragma unroll
+          for (int step = 0; step < STEPS; ++step) multiply_many(step);
+        }
       }
     }
     // A team with a stage less meets its own barrier as often as the others do theirs: racecheck compares the counts.
-    if (kTeams > 1 && kTeamWarps > 1 && rounds > 0) team_barrier();
+    if (kTeams > 1 && kTeamWarps > 1 && rounds < most) team_barrier();
     finish_tile(tile);
   }
 }
@@ -686,7 +814,7 @@ __global__ void __launch_bounds__(32 * kWarpsN * kWarpsM * kTeams, 1) marlin_ker
 // ---------------------------------------------------------------------------------------------------------------------
 
 template <int kIdx>
-Status launch(const Args& args, int grid, cudaStream_t stream) {
+Status launch(const Args& args, int grid, bool overlap, cudaStream_t stream) {
   constexpr Tile kTile = kTiles[kIdx].tile;
   const auto kernel =
       marlin_kernel<kTile.blocks_n, kTile.blocks_m, kTile.warps_n, kTile.warps_m, kTile.teams, kTile.stages>;
@@ -694,20 +822,30 @@ Status launch(const Args& args, int grid, cudaStream_t stream) {
   if (cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kSmem) != cudaSuccess) {
     return Status::launch_failed;
   }
-  kernel<<<grid, 32 * kTile.warps(), kSmem, stream>>>(args);
-  return cudaGetLastError() == cudaSuccess ? Status::ok : Status::launch_failed;
+  cudaLaunchConfig_t config = {};
+  config.gridDim = grid;
+  config.blockDim = 32 * kTile.warps();
+  config.dynamicSmemBytes = kSmem;
+  config.stream = stream;
+  cudaLaunchAttribute attribute;
+  attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  attribute.val.programmaticStreamSerializationAllowed = 1;
+  config.attrs = &attribute;
+  config.numAttrs = overlap ? 1 : 0;
+  return cudaLaunchKernelEx(&config, kernel, args) == cudaSuccess ? Status::ok : Status::launch_failed;
 }
 
 template <int... kIdx>
-Status launch_any(const Args& args, int grid, int tile_idx, cudaStream_t stream, std::integer_sequence<int, kIdx...>) {
+Status launch_any(const Args& args, int grid, bool overlap, int tile_idx, cudaStream_t stream,
+                  std::integer_sequence<int, kIdx...>) {
   Status status = Status::no_config;
-  ((tile_idx == kIdx && (status = launch<kIdx>(args, grid, stream), true)) || ...);
+  ((tile_idx == kIdx && (status = launch<kIdx>(args, grid, overlap, stream), true)) || ...);
   return status;
 }
 
 }  // namespace
 
-Status run_sm80(const Problem& p, const Config& config, int32_t* locks, float* partials, void* stream) {
+Status run_sm80(const Problem& p, const Config& config, bool overlap, int32_t* locks, float* partials, void* stream) {
   // Offsets inside a tile, and of scales, are 32-bit; the index of a stage in the line is an int.
   constexpr int64_t kMaxSize = int64_t{1} << 22, kMaxTotal = INT_MAX / 2;
   if (check_shape(p) != Status::ok || (p.group != p.K && p.group % SCALE_K != 0)) return Status::bad_shape;
@@ -731,8 +869,8 @@ Status run_sm80(const Problem& p, const Config& config, int32_t* locks, float* p
     rest.M = p.M - head;
     rest.A = static_cast<const half*>(p.A) + head * p.lda;
     rest.C = static_cast<half*>(p.C) + head * p.N_C;
-    const Status status = run_sm80(first, config, locks, partials, stream);
-    return status != Status::ok ? status : run_sm80(rest, config, locks, partials, stream);
+    const Status status = run_sm80(first, config, overlap, locks, partials, stream);
+    return status != Status::ok ? status : run_sm80(rest, config, overlap, locks, partials, stream);
   }
   const int64_t total = stages * slices * token_tiles;
   const int grid = static_cast<int>(total < config.grid ? total : config.grid);
@@ -740,7 +878,6 @@ Status run_sm80(const Problem& p, const Config& config, int32_t* locks, float* p
   args.k_stages = static_cast<int>(stages);
   args.whole_stages = static_cast<int>(p.K_A / STAGE_K);
   args.k16_rows = static_cast<int>(p.K / TILE_K);
-  args.k32_rows = static_cast<int>(p.K / SCALE_K);
   args.token_tiles = static_cast<int>(token_tiles);
   args.stripe = static_cast<int>(total / grid);
   args.longer = static_cast<int>(total % grid);
@@ -751,7 +888,8 @@ Status run_sm80(const Problem& p, const Config& config, int32_t* locks, float* p
   args.wide_c = p.N_C % 4 == 0 && aligned(p.C, 8);
   args.locks = locks;
   args.partials = partials;
-  return launch_any(args, grid, config.tile_idx, static_cast<cudaStream_t>(stream),
+  args.overlap = overlap && p.K % STAGE_K == 0 && p.K_A == p.K;  // else early copies of weights would touch A
+  return launch_any(args, grid, overlap, config.tile_idx, static_cast<cudaStream_t>(stream),
                     std::make_integer_sequence<int, kNumTiles>());
 }
 
