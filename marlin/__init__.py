@@ -16,6 +16,7 @@ except ImportError as error:
     ) from error
 
 from . import checkpoint, quantize
+from .checkpoint import load
 from .layer import Layer, replace_linear
 from .layout import pack_weights, permute_scales, unpack_weights, unpermute_scales
 from .ops import linear, mul
@@ -28,6 +29,7 @@ __all__ = [
     "__version__",
     "checkpoint",
     "linear",
+    "load",
     "mul",
     "pack_weights",
     "permute_scales",
