@@ -35,10 +35,7 @@ SCHEMES = {
     "gptq-v2": (gptq, Scheme("gptq", pathlib.Path("config.json"), None, zero_offset=0)),
     "awq": (awq, Scheme("awq", pathlib.Path("config.json"), None)),
     "ct": (compressed_tensors, Scheme("compressed-tensors", pathlib.Path("config.json"), None)),
-    "marlin": (
-        marlin_format,
-        Scheme("marlin", pathlib.Path("config.json"), None, extended=True),
-    ),
+    "marlin": (marlin_format, Scheme("marlin", pathlib.Path("config.json"), None)),
 }
 
 

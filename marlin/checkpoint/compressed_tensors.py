@@ -27,6 +27,7 @@ from .record import (
     Linear,
     Record,
     check_order,
+    integer_zeros,
     num_groups,
     pack_last,
     read_bias,
@@ -122,8 +123,9 @@ def write(name: str, record: Record) -> dict[str, Tensor]:
         f"{name}.weight_scale": record.scales.contiguous(),
         f"{name}.weight_shape": torch.tensor([record.n, record.k]),
     }
-    if record.zeros is not None:
-        tensors[f"{name}.weight_zero_point"] = pack_last(record.zeros.t()).t().contiguous()
+    zeros = integer_zeros(name, record, "compressed-tensors")
+    if zeros is not None:
+        tensors[f"{name}.weight_zero_point"] = pack_last(zeros.t()).t().contiguous()
     if record.bias is not None:
         tensors[f"{name}.bias"] = record.bias
     return tensors

@@ -62,8 +62,6 @@ class Scheme:
         default: of the layers that no rule is about; None if they are not compressed.
         rules: the first that matches a name holds.
         zero_offset: what is to be added to a stored zero point (1 in the first GPTQ version).
-        extended: whether a Marlin file may have more than the published format: zero points,
-            act-order, BF16 scales.
     """
 
     format: str
@@ -71,7 +69,6 @@ class Scheme:
     default: Spec | None
     rules: tuple[Rule, ...] = ()
     zero_offset: int = 0
-    extended: bool = False
 
     def spec(self, name: str) -> Spec | None:
         """How the linear layer of this name is stored; None if the config says that it is not."""
@@ -295,19 +292,12 @@ def _marlin(fields: Fields, stored: str) -> Scheme:
     if stored not in ("", "marlin"):
         raise fields.fail("checkpoint_format", stored, "not 'marlin'")
     fields.four_bits("bits", "w_bit", "wbits", default=4)
-    zeros, act_order = fields.flag("zero_point", default=False), False
-    # The published format has no act-order: files that say so were packed in the order of groups.
-    extended = fields.flag("marlin_extended", default=False)
-    if extended:
-        act_order = fields.flag("desc_act", default=False)
-    elif zeros:
-        raise fields.fail("zero_point", True, "which the published Marlin format does not have")
     spec = Spec(
         fields.group_size("group_size", "q_group_size", "groupsize", default=-1),
-        not zeros,
-        act_order,
+        fields.flag("sym", default=True),
+        fields.flag("desc_act", default=False),
     )
-    return Scheme("marlin", fields.path, spec, _dynamic(fields, spec), extended=extended)
+    return Scheme("marlin", fields.path, spec, _dynamic(fields, spec))
 
 
 def _gptq(fields: Fields, stored: str) -> Scheme:

@@ -29,6 +29,7 @@ from .record import (
     Record,
     check_order,
     check_symmetric,
+    integer_zeros,
     num_groups,
     pack_first,
     pack_last,
@@ -124,7 +125,7 @@ def write(name: str, record: Record) -> dict[str, Tensor]:
         CheckpointError: the format has no such layer.
     """
     expected(name, record.k, record.n, Spec(record.groupsize))
-    zeros, g_idx = record.zeros, record.g_idx
+    zeros, g_idx = integer_zeros(name, record, "gptq"), record.g_idx
     if zeros is None:
         zeros = torch.full_like(record.scales, ZERO_POINT, dtype=torch.uint8)
     if g_idx is None:

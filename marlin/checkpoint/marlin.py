@@ -1,9 +1,11 @@
 """The Marlin format: a layer's tensors are the buffers of marlin.Layer, under their own names.
 
-    B     int32 (K / 16, 2 N)      s  float16 (K / group, N)      bias  (n,), optional
+    B     int32 (K / 16, 2 N)                s     (K / group, N)
+    z     (K / group, N), of s's type        perm  int32 (K,)           bias  (n,), optional
 
-as csrc/layout.h draws them; K and N are k and n rounded up to what the format can hold. Depends on
-layer.py and layout.py; called by model.py and write.py.
+as csrc/layout.h draws them; K and N are k and n rounded up to what the format can hold. The
+published format is B, s in float16 and bias; z and perm are there if the config says that the
+layers are not symmetric, or have act-order. Depends on layer.py; called by model.py and write.py.
 """
 
 from __future__ import annotations
@@ -13,37 +15,78 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import layout
 from ..layer import Layer
 from .config import Scheme, Spec
 from .errors import CheckpointError
-from .files import NAMES, Shards
-from .record import FLOATS, Expected, Linear, Record, read_bias, read_scales
+from .files import DTYPES, NAMES, Shards
+from .record import FLOATS, HALVES, Expected, Linear, Record, read_bias, read_scales
 
 MARK = "B"
 
 
-def new_layer(k: int, n: int, spec: Spec, bias: bool, device: torch.device | str) -> Layer:
-    """A layer that holds what the spec says.
+def new_layer(
+    k: int, n: int, spec: Spec, bias: bool, dtype: torch.dtype, device: torch.device | str
+) -> Layer:
+    """An empty layer for what the spec says.
 
     Raises:
-        CheckpointError: there is no such layer.
+        CheckpointError: there is no such layer, or none that runs on the device.
     """
     try:
-        return Layer(k, n, spec.groupsize, bias=bias, device=torch.device(device))
+        return Layer(
+            k,
+            n,
+            spec.groupsize,
+            bias=bias,
+            dtype=dtype,
+            zero_points=not spec.symmetric,
+            act_order=spec.act_order,
+            device=device,
+        )
     except ValueError as error:
         raise CheckpointError(f"marlin.checkpoint: {error}") from error
 
 
 def expected(name: str, k: int, n: int, spec: Spec) -> Expected:
     """Shape, types and necessity of each tensor of a layer (n, k)."""
-    layer = new_layer(k, n, spec, False, "meta")
+    layer = new_layer(k, n, spec, False, torch.float16, "meta")
     tensors = {
-        suffix: (tuple(tensor.shape), (NAMES[tensor.dtype],), True)
+        suffix: (tuple(tensor.shape), HALVES if tensor.is_floating_point() else ("I32",), True)
         for suffix, tensor in layer.state_dict().items()
-        if suffix != "workspace"
     }
     return tensors | {"bias": ((n,), FLOATS, False)}
+
+
+def read_layer(shards: Shards, name: str, linear: Linear, device: torch.device | str) -> Layer:
+    """Reads a layer whose headers have been checked; nothing is repacked.
+
+    Raises:
+        CheckpointError: NaN or Inf; s and z of different types; a perm that is none.
+    """
+    dtype = DTYPES[shards[f"{name}.s"].dtype]
+    bias = read_bias(shards, name, device)
+    layer = new_layer(linear.k, linear.n, linear.spec, bias is not None, dtype, "meta")
+    for suffix, buffer in layer.state_dict().items():
+        key = f"{name}.{suffix}"
+        if suffix == "bias":
+            layer.bias = None if bias is None else bias.to(dtype)
+            continue
+        if buffer.is_floating_point() and shards[key].dtype != NAMES[dtype]:
+            raise CheckpointError(
+                f"marlin.checkpoint.load: {shards[key].file} has {key} of type "
+                f"{shards[key].dtype}, but it should be {NAMES[dtype]} as {name}.s is"
+            )
+        read = read_scales if buffer.is_floating_point() else Shards.read
+        setattr(layer, suffix, read(shards, key, device))
+    layer.workspace = torch.zeros_like(layer.workspace, device=device)
+    if layer.perm is not None:
+        plain = torch.arange(len(layer.perm), dtype=torch.int32, device=device)
+        if not torch.equal(layer.perm.sort().values, plain):
+            raise CheckpointError(
+                f"marlin.checkpoint.load: {shards[name + '.perm'].file} has {name}.perm, which "
+                f"should be a permutation of 0..{len(plain) - 1} but is not"
+            )
+    return layer
 
 
 def read(
@@ -52,50 +95,36 @@ def read(
     """Reads a layer whose headers have been checked.
 
     Raises:
-        CheckpointError: NaN or Inf.
+        CheckpointError: as read_layer.
     """
-    B = shards.read(f"{name}.B", device)
-    s = read_scales(shards, f"{name}.s", device)
-    return Record(
-        layout.unpack_weights(B)[: linear.k, : linear.n].t(),
-        layout.unpermute_scales(s)[:, : linear.n].t().contiguous(),
-        bias=read_bias(shards, name, device),
-        groupsize=linear.spec.groupsize,
-    )
+    return record_of(read_layer(shards, name, linear, device))
 
 
 def record_of(layer: Layer) -> Record:
     """What a layer holds."""
-    return Record(
-        layout.unpack_weights(layer.B)[: layer.k, : layer.n].t(),
-        layout.unpermute_scales(layer.s)[:, : layer.n].t().contiguous(),
-        bias=layer.bias,
-        groupsize=-1 if layer.groupsize == layer.k else layer.groupsize,
-    )
+    q, scales, zeros, g_idx = layer.unpack_values()
+    if zeros is not None and torch.equal(zeros, zeros.clamp(0, 15).round()):
+        zeros = zeros.to(torch.uint8)
+    groupsize = -1 if layer.groupsize == layer.k else layer.groupsize
+    return Record(q, scales, zeros, g_idx, layer.bias, groupsize)
 
 
 def layer_of(record: Record) -> Layer:
-    """A layer, on the record's device, that holds the record."""
+    """A layer, on the record's device, that holds the record.
+
+    Raises:
+        CheckpointError: no kernel runs such a layer there.
+    """
     spec = Spec(record.groupsize, record.zeros is None, record.g_idx is not None)
-    layer = new_layer(record.k, record.n, spec, record.bias is not None, record.q.device)
-    if record.zeros is not None or record.g_idx is not None:
-        raise CheckpointError("marlin.checkpoint: zero points and act-order have no layer yet")
-    K, N = 16 * layer.B.shape[0], layer.B.shape[1] // 2
-    q = torch.full((K, N), 8, dtype=torch.uint8, device=record.q.device)
-    q[: record.k, : record.n] = record.q.t()
-    layer.B.copy_(layout.pack_weights(q))
-    s = torch.zeros_like(layer.s)
-    s[:, : record.n] = record.scales.t()
-    layer.s.copy_(layout.permute_scales(s))
-    if layer.bias is not None and record.bias is not None:
-        layer.bias.copy_(record.bias)
+    bias, dtype = record.bias is not None, record.scales.dtype
+    layer = new_layer(record.k, record.n, spec, bias, dtype, record.q.device)
+    layer.pack_values(record.q, record.scales, record.zeros, record.g_idx, record.bias)
     return layer
 
 
 def write(name: str, record: Record) -> dict[str, Tensor]:
     """The tensors of a layer."""
-    state = layer_of(record).state_dict()
-    tensors = {f"{name}.{key}": value for key, value in state.items() if key != "workspace"}
+    tensors = {f"{name}.{key}": value for key, value in layer_of(record).state_dict().items()}
     if record.bias is not None:
         tensors[f"{name}.bias"] = record.bias
     return tensors

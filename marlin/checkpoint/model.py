@@ -77,6 +77,21 @@ class Checkpoint:
             return replace(record, bias=None)
         return record
 
+    def layer(self, name: str, device: torch.device | str = "cpu") -> Layer:
+        """Reads a compressed layer into a layer.
+
+        Args:
+            name: in the model.
+            device: where it goes, and where it is repacked.
+
+        Raises:
+            CheckpointError: its values are damaged or not what the config says, or no kernel runs
+                it on the device.
+        """
+        if self.scheme.format == "marlin":
+            return marlin.read_layer(self.shards, name, self.linears[name], device)
+        return marlin.layer_of(self.record(name, device).simplified())
+
 
 def load(
     directory: str | os.PathLike[str],
@@ -117,8 +132,7 @@ def load(
         if progress is not None:
             progress(name)
         parent, _, child = name.rpartition(".")
-        record = checkpoint.record(name, device).simplified()
-        setattr(model.get_submodule(parent), child, marlin.layer_of(record))
+        setattr(model.get_submodule(parent), child, checkpoint.layer(name, device))
     _fill(checkpoint, device, dtype)
     return model.eval()
 

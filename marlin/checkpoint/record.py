@@ -28,7 +28,8 @@ class Record:
     Args:
         q: (n, k) uint8, 0..15; may be a transposed view.
         scales: (n, groups) float16 or bfloat16, finite.
-        zeros: (n, groups) uint8, 0..15; None if all are 8.
+        zeros: (n, groups) uint8, 0..15; None if all are 8. Layers that were packed with zero points
+            between the integers have them in the type of the scales; only marlin stores those.
         g_idx: (k,) int32, the group of each input feature, every group but the last of the same
             size; None if feature i is in group i // groupsize.
         bias: (n,) float, or None.
@@ -67,7 +68,8 @@ class Record:
         return (self.q.float() - zeros) * self.scales.float()[:, idx]
 
     def simplified(self) -> Record:
-        """The same layer without zero points that are all 8, and without an order that is none.
+        """The same layer without zero points that are all 8, without an order that is none, and
+        with -1 for a group of all.
 
         Not for the readers to do to zero points: layers that a checkpoint stores alike are to be
         written alike.
@@ -79,7 +81,8 @@ class Record:
             g_idx, plain_order(self.k, self.groupsize, g_idx.device)
         ):
             g_idx = None
-        return replace(self, zeros=zeros, g_idx=g_idx)
+        groupsize = -1 if self.groupsize == self.k else self.groupsize
+        return replace(self, zeros=zeros, g_idx=g_idx, groupsize=groupsize)
 
 
 @dataclass(frozen=True)
@@ -91,6 +94,20 @@ class Linear:
     n: int
     spec: Spec
     bias: bool
+
+
+def integer_zeros(name: str, record: Record, format: str) -> Tensor | None:
+    """The zero points of a layer that is to be written in a format of integers.
+
+    Raises:
+        CheckpointError: they lie between the integers.
+    """
+    if record.zeros is not None and record.zeros.is_floating_point():
+        raise CheckpointError(
+            f"marlin.checkpoint: {name} has zero points that are no integers of 0..15, which "
+            f"{format} does not store; write marlin instead"
+        )
+    return record.zeros
 
 
 def num_groups(k: int, groupsize: int) -> int:

@@ -288,10 +288,15 @@ def quantization_config(
         sizes: input features of each compressed layer.
     """
     specs = dict(specs)
-    counts = collections.Counter(spec.groupsize for spec in specs.values())
-    groupsize = max(counts, key=lambda size: (size != -1, counts[size]))
+
+    def with_size(name: str, size: int) -> bool:  # one group is one group, by either name
+        own = specs[name].groupsize
+        return own == size or (own == -1 and sizes[name] == size)
+
+    found = sorted({spec.groupsize for spec in specs.values()})
+    groupsize = max(found, key=lambda size: sum(with_size(name, size) for name in specs))
     for name, spec in specs.items():
-        if spec.groupsize == -1 and sizes[name] == groupsize:  # one group is one group
+        if with_size(name, groupsize):
             specs[name] = Spec(groupsize, spec.symmetric, spec.act_order)
     if format == "compressed-tensors":
         kinds: dict[Spec, list[str]] = collections.defaultdict(list)
