@@ -47,7 +47,7 @@ constexpr int kBlockK = 128;      // rows of the weight between two visits to th
 constexpr int kMaxTokens = 256;   // of a task: a panel is unpacked once for that many
 constexpr int kMinTokens = 32;    // of a task, where tokens are cut finer because features are few
 constexpr int kEnoughTasks = 64;  // tokens are cut finer until there are so many
-constexpr int kSumsFloats = 131072;  // FP32 sums of a slice: 512 KB, half of a usual L2
+constexpr int kSumsFloats = 131072;   // FP32 sums of a slice: 512 KB, half of a usual L2
 constexpr int kHeldFloats = 1 << 22;  // of A, converted once for several slices: 16 MB
 
 // One block of rows of one panel of features. Both B and s keep the features of a panel adjacent.
