@@ -17,16 +17,19 @@ except ImportError as error:
 
 from . import checkpoint, quantize
 from .checkpoint import load
-from .layer import Layer, replace_linear
+from .layer import Layer, Values, replace_linear
 from .layout import pack_weights, permute_scales, unpack_weights, unpermute_scales
 from .ops import linear, mul
+from .support import can_run
 
 __version__ = "0.1.0"
 
 __all__ = [
     "Layer",
+    "Values",
     "_C",
     "__version__",
+    "can_run",
     "checkpoint",
     "linear",
     "load",

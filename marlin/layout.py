@@ -187,6 +187,51 @@ def unpermute_scales(s: Tensor) -> Tensor:
     return permute_scales(s)
 
 
+def group_order(g_idx: Tensor, k: int, group: int) -> Tensor:
+    """Return the input features in the order of their groups: the start of perm (see layout.h).
+
+    Args:
+        g_idx: (k), any integer dtype, the group of each input feature.
+        k: input features.
+        group: members that each group has; the last one may have fewer.
+
+    Returns:
+        (k) int64, on the device of g_idx: the features of group 0 in ascending order, those of
+        group 1, and so on. perm goes on with k, k + 1, ... as far as the weight was padded.
+
+    Raises:
+        ValueError: another shape or dtype, a group out of range, or one with too few or many
+            members.
+
+    Example:
+        >>> group_order(torch.tensor([1, 0, 1, 0, 0, 0]), 6, 4)
+        tensor([1, 3, 4, 5, 0, 2])
+    """
+    if g_idx.shape != (k,):
+        raise ValueError(f"g_idx has shape {tuple(g_idx.shape)} but should be {(k,)}")
+    if g_idx.is_floating_point() or g_idx.is_complex() or g_idx.dtype == torch.bool:
+        raise ValueError(f"g_idx is {g_idx.dtype} but should be of an integer dtype")
+    groups = -(-k // group)
+    outside = ((g_idx < 0) | (g_idx >= groups)).nonzero()
+    if len(outside):
+        at = int(outside[0])
+        raise ValueError(
+            f"g_idx has {int(g_idx[at])} at {at} but there are {groups} groups, so it should be "
+            f"within 0..{groups - 1}"
+        )
+    members = torch.bincount(g_idx.long(), minlength=groups)
+    expected = torch.full_like(members, group)
+    expected[-1] = k - (groups - 1) * group
+    wrong = (members != expected).nonzero()
+    if len(wrong):
+        at = int(wrong[0])
+        raise ValueError(
+            f"g_idx gives group {at} {int(members[at])} input features but should give it "
+            f"{int(expected[at])}"
+        )
+    return torch.argsort(g_idx, stable=True)
+
+
 def _check_scales(function: str, s: Tensor) -> None:
     if s.dim() != 2 or s.shape[1] % TILE_N:
         raise ValueError(
