@@ -54,9 +54,17 @@ def expected(name: str, k: int, n: int, spec: Spec) -> Expected:
 
 def _unpack(words: Tensor) -> Tensor:
     """(m, n / 8) int32 to (m, n) uint8 in the order of the features."""
-    # Even features are the lower four nibbles, odd ones the upper four.
-    halves = unpack_last(words, 8 * words.shape[1]).view(words.shape[0], -1, 2, 4)
-    return halves.transpose(2, 3).reshape(words.shape[0], -1)
+    # Even features are the lower four nibbles, odd ones the upper four: move them apart and put one
+    # between the others, a whole word at a time.
+    even = _apart(words & 0xFFFF)
+    odd = _apart((words >> 16) & 0xFFFF)
+    return unpack_last(even | (odd << 4), 8 * words.shape[1])
+
+
+def _apart(low: Tensor) -> Tensor:
+    """Nibbles 0, 1, 2, 3 of words go to 0, 2, 4, 6."""
+    low = (low | (low << 8)) & 0x00FF00FF
+    return (low | (low << 4)) & 0x0F0F0F0F
 
 
 def read(
