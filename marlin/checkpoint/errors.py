@@ -9,4 +9,4 @@ class CheckpointError(RuntimeError):
 
 def first_line(error: BaseException) -> str:
     """What another library's error says, cut to a line, so that ours stays a sentence."""
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)[:300]

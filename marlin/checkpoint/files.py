@@ -382,7 +382,7 @@ def _open_pickle(path: pathlib.Path) -> Shards:
             state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch's unpickler raises whatever the bytes lead it to
         raise CheckpointError(
-            f"{prefix} is not a torch file of tensors alone: {first_line(error)[:200]}"
+            f"{prefix} is not a torch file of tensors alone: {first_line(error)}"
         ) from error
     if isinstance(state, dict) and isinstance(state.get("state_dict"), dict):
         state = state["state_dict"]
