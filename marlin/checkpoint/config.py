@@ -147,7 +147,7 @@ class Fields:
             )
         return value
 
-    def object(self, name: str) -> Fields | None:
+    def section(self, name: str) -> Fields | None:
         """An object inside of this one; None if it is missing or null."""
         value = self.values.get(name)
         if value is None:
@@ -216,7 +216,7 @@ def read(folder: pathlib.Path) -> tuple[dict[str, Any], Scheme]:
     path = folder / CONFIG
     for name in QUANTIZATION:
         if config.get(name) is not None:
-            fields = Fields(path, config).object(name)
+            fields = Fields(path, config).section(name)
             assert fields is not None
             break
     else:
@@ -320,7 +320,7 @@ def _gptq(fields: Fields, stored: str) -> Scheme:
 def _dynamic(fields: Fields, default: Spec) -> tuple[Rule, ...]:
     """GPTQ's overrides: "-:" before a regular expression leaves layers alone, "+:" or nothing
     changes them."""
-    dynamic = fields.object("dynamic")
+    dynamic = fields.section("dynamic")
     if dynamic is None:
         return ()
     if len(dynamic.values) > MAX_RULES:
@@ -331,7 +331,7 @@ def _dynamic(fields: Fields, default: Spec) -> tuple[Rule, ...]:
         if text.startswith("-:"):
             rules.append(Rule(matches, None))
             continue
-        changed = dynamic.object(text) or Fields(fields.path, {})
+        changed = dynamic.section(text) or Fields(fields.path, {})
         changed.four_bits("bits", default=4)
         spec = Spec(
             changed.group_size("group_size", default=default.groupsize),
@@ -368,12 +368,12 @@ def _compressed_tensors(fields: Fields) -> Scheme:
     if status != "compressed":
         raise fields.fail("quantization_status", status, "not 'compressed'")
     fields.unused("kv_cache_scheme", "transform_config")
-    sparsity = fields.object("sparsity_config")
+    sparsity = fields.section("sparsity_config")
     if sparsity is not None and sparsity.values:
         form = sparsity.text("format", default="dense")
         if form != "dense":
             raise sparsity.fail("format", form, "not 'dense'")
-    groups = fields.object("config_groups")
+    groups = fields.section("config_groups")
     if groups is None or not groups.values:
         raise fields.fail("config_groups", fields.values.get("config_groups"), "not an object")
     if len(groups.values) > MAX_RULES:
@@ -382,7 +382,7 @@ def _compressed_tensors(fields: Fields) -> Scheme:
     by_pattern: list[Rule] = []
     default: Spec | None = None
     for name in groups.values:
-        group = groups.object(name)
+        group = groups.section(name)
         if group is None:
             raise groups.fail(name, None, "not an object")
         spec = _compressed_tensors_group(group)
@@ -409,7 +409,7 @@ def _compressed_tensors_group(group: Fields) -> Spec:
     if form != "pack-quantized":
         raise group.fail("format", form, "not 'pack-quantized'")
     group.unused("input_activations", "output_activations")
-    weights = group.object("weights")
+    weights = group.section("weights")
     if weights is None:
         raise group.fail("weights", None, "not an object")
     weights.four_bits("num_bits")

@@ -115,7 +115,7 @@ class Shards(Mapping[str, Entry]):
         try:
             with open(entry.file, "rb") as file:
                 file.seek(entry.begin)
-                found = file.readinto(memoryview(raw.numpy())) if entry.num_bytes else 0
+                found = file.readinto(raw.numpy().data) if entry.num_bytes else 0
         except OSError as error:
             raise CheckpointError(
                 f"marlin.checkpoint.load: {entry.file} cannot be read: {error.strerror}"
@@ -125,7 +125,7 @@ class Shards(Mapping[str, Entry]):
                 f"marlin.checkpoint.load: {entry.file} ends within {key}: {entry.num_bytes} bytes "
                 f"expected, {found} found"
             )
-        if entry.crc32 is not None and (crc := zlib.crc32(raw.numpy())) != entry.crc32:
+        if entry.crc32 is not None and (crc := zlib.crc32(raw.numpy().data)) != entry.crc32:
             raise CheckpointError(
                 f"marlin.checkpoint.load: {entry.file} is damaged in {key}: its CRC-32 should be "
                 f"{entry.crc32:08x} but is {crc:08x}"

@@ -177,7 +177,8 @@ def pack_first(q: Tensor) -> Tensor:
     """Puts nibbles into words along the first dimension: (8 w, n) uint8 to (w, n) int32."""
     pairs = q.contiguous().view(-1, 4, 2, q.shape[1])
     both = pairs[:, :, 0] | (pairs[:, :, 1] << 4)  # (w, 4, n)
-    return both.transpose(1, 2).contiguous().view(torch.int32).squeeze(-1)
+    words: Tensor = both.transpose(1, 2).contiguous().view(torch.int32)
+    return words.squeeze(-1)
 
 
 # --------------------------------------------------------------------------------------------------

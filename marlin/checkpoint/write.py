@@ -410,7 +410,7 @@ def _write_shards(
     if len(shards) == 1:
         (folder / "part-0").rename(folder / WEIGHTS)
         return
-    weight_map = {}
+    weight_map: dict[str, str] = {}
     for i, keys in enumerate(shards):
         name = f"model-{i + 1:05}-of-{len(shards):05}.safetensors"
         (folder / f"part-{i}").rename(folder / name)
@@ -419,7 +419,7 @@ def _write_shards(
 
 
 def _crc32(tensor: Tensor) -> int:
-    return zlib.crc32(tensor.reshape(-1).view(torch.uint8).numpy())
+    return zlib.crc32(tensor.reshape(-1).view(torch.uint8).numpy().data)
 
 
 def _sync(folder: pathlib.Path) -> None:
