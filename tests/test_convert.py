@@ -200,6 +200,9 @@ def test_every_format_goes_into_every_other_bit_for_bit(
     for name, tensor in dense_tensors(tmp_path / "b").items():
         assert torch.equal(tensor, kept[name]) and tensor.dtype == kept[name].dtype
     assert {"tokenizer.json", "config.json"} <= {p.name for p in (tmp_path / "b").iterdir()}
+    if target == "gptq":
+        version = checkpoint.open_checkpoint(tmp_path / "b").scheme.zero_offset
+        assert version == (1 if kind in ("gptq", "ct") else 0)
     # and back: the same tensors as at first, by whoever wrote them
     back = {"marlin": "gptq", "gptq": "gptq", "compressed-tensors": "gptq"}[target]
     checkpoint.convert(tmp_path / "b", tmp_path / "c", back)

@@ -156,11 +156,11 @@ def test_what_is_written_is_what_the_encoders_write(
 ) -> None:
     layer = formats.truth(n, k, groupsize, zeros, bias=True)
     record = read("gptq", formats.gptq(layer), n, k, Spec(groupsize, not zeros))
-    for codec, expected in (
-        (gptq, formats.gptq(layer)),
-        (compressed_tensors, formats.compressed_tensors(layer, not zeros)),
+    for written, expected in (
+        (gptq.write("x", record), formats.gptq(layer)),
+        (gptq.write("x", record, 2), formats.gptq(layer, 2)),
+        (compressed_tensors.write("x", record), formats.compressed_tensors(layer, not zeros)),
     ):
-        written = codec.write("x", record)
         assert set(written) == {f"x.{key}" for key in expected}
         for key, tensor in expected.items():
             assert torch.equal(written[f"x.{key}"], tensor), key

@@ -118,8 +118,14 @@ def _read_order(
     return None if trivial else g_idx
 
 
-def write(name: str, record: Record) -> dict[str, Tensor]:
-    """The tensors of a layer, version 1.
+def write(name: str, record: Record, version: int = 1) -> dict[str, Tensor]:
+    """The tensors of a layer.
+
+    Args:
+        name: of the layer.
+        record: what it holds.
+        version: 1; or 2 for a checkpoint with zero points, which GPTQModel refuses in version 1
+            from others than itself, as the first writers got them wrong.
 
     Raises:
         CheckpointError: the format has no such layer.
@@ -132,7 +138,7 @@ def write(name: str, record: Record) -> dict[str, Tensor]:
         g_idx = plain_order(record.k, record.groupsize, record.q.device)
     tensors = {
         f"{name}.qweight": pack_first(record.q.t()),
-        f"{name}.qzeros": _add_to_words(pack_last(zeros.t()), -ONES),
+        f"{name}.qzeros": _add_to_words(pack_last(zeros.t()), -ONES if version == 1 else 0),
         f"{name}.scales": record.scales.t().contiguous(),
         f"{name}.g_idx": g_idx,
     }
@@ -153,7 +159,7 @@ def configuration(default: Spec, dynamic: dict[str, Any], lm_head: bool) -> dict
 
     config = {
         "quant_method": "gptq",
-        "checkpoint_format": "gptq",
+        "checkpoint_format": "gptq" if default.symmetric else "gptq_v2",
         "bits": 4,
         "group_size": default.groupsize,
         "sym": default.symmetric,

@@ -158,7 +158,8 @@ def pack_last(q: Tensor) -> Tensor:
     """
     q = torch.nn.functional.pad(q, (0, -q.shape[-1] % 8)).contiguous()
     pairs = q.unflatten(-1, (-1, 2))
-    return (pairs[..., 0] | (pairs[..., 1] << 4)).view(torch.int32)
+    words: Tensor = (pairs[..., 0] | (pairs[..., 1] << 4)).view(torch.int32)
+    return words
 
 
 def unpack_first(words: Tensor) -> Tensor:

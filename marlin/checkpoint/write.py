@@ -1,4 +1,4 @@
-"""Writes checkpoints: marlin, gptq (version 1) and compressed-tensors, in shards of safetensors.
+"""Writes checkpoints: marlin, gptq and compressed-tensors, in shards of safetensors.
 
     save(model, tokenizer, folder)                       # a model on marlin.Layer
     convert("llama-awq", "llama-marlin", format="marlin")   # a checkpoint, layer by layer
@@ -141,6 +141,7 @@ def save(
     layers = {name: module for name, module in model.named_modules() if isinstance(module, Layer)}
     if not layers:
         raise CheckpointError("marlin.checkpoint.save: the model has no marlin.Layer")
+    symmetric = all(layer.z is None for layer in layers.values())
     config = copy.deepcopy(model.config).to_dict()
     config.pop("torch_dtype", None)
     config["architectures"] = [type(model).__name__]
@@ -150,7 +151,7 @@ def save(
         for name, layer in layers.items():
             record = marlin.record_of(layer)
             specs[name] = _spec(record)
-            yield from _written(format, name, record)
+            yield from _written(format, name, record, symmetric).items()
 
     def extras(folder: pathlib.Path) -> None:
         if getattr(model, "generation_config", None) is not None:
@@ -193,6 +194,7 @@ def convert(
     check_target(directory)
     read = open_checkpoint(source, config=config)
     count = len(read.linears)
+    symmetric = all(linear.spec.symmetric for linear in read.linears.values())
 
     def tensors(specs: dict[str, Spec]) -> Iterator[tuple[str, Tensor]]:
         for key in read.dense:
@@ -202,7 +204,7 @@ def convert(
                 progress(name, i, count)
             record = read.record(name)
             specs[name] = _spec(record)
-            yield from _written(format, name, record)
+            yield from _written(format, name, record, symmetric).items()
 
     dense = [
         name
@@ -234,13 +236,13 @@ def check_format(format: str) -> None:
         )
 
 
-def _written(format: str, name: str, record: Record) -> Iterator[tuple[str, Tensor]]:
-    codecs: dict[str, Any] = {
-        "marlin": marlin,
-        "gptq": gptq,
-        "compressed-tensors": compressed_tensors,
-    }
-    yield from codecs[format].write(name, record).items()
+def _written(format: str, name: str, record: Record, symmetric: bool) -> dict[str, Tensor]:
+    """The tensors of a layer; symmetric is whether all layers of the checkpoint are."""
+    if format == "gptq":
+        return gptq.write(name, record, version=1 if symmetric else 2)
+    if format == "marlin":
+        return marlin.write(name, record)
+    return compressed_tensors.write(name, record)
 
 
 def _dense_tensors(
