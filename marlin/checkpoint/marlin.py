@@ -10,6 +10,7 @@ layers are not symmetric, or have act-order. Depends on layer.py; called by mode
 
 from __future__ import annotations
 
+import pathlib
 from typing import Any
 
 import torch
@@ -79,14 +80,26 @@ def read_layer(shards: Shards, name: str, linear: Linear, device: torch.device |
         read = read_scales if buffer.is_floating_point() else Shards.read
         setattr(layer, suffix, read(shards, key, device))
     layer.workspace = torch.zeros_like(layer.workspace, device=device)
+    check_layer(layer, name, shards[f"{name}.s"].file)
+    return layer
+
+
+def check_layer(layer: Layer, name: str, file: pathlib.Path) -> None:
+    """Checks values that a kernel believes without looking.
+
+    Raises:
+        CheckpointError: perm is no permutation, or NaN or Inf in scales or zero points.
+    """
+    prefix = f"marlin.checkpoint.load: {file} has {name}"
+    for suffix, values in (("s", layer.s), ("z", layer.z)):
+        if values is not None and not bool(torch.isfinite(values).all()):
+            raise CheckpointError(f"{prefix}.{suffix} with NaN or Inf, but it should be finite")
     if layer.perm is not None:
-        plain = torch.arange(len(layer.perm), dtype=torch.int32, device=device)
+        plain = torch.arange(len(layer.perm), dtype=torch.int32, device=layer.perm.device)
         if not torch.equal(layer.perm.sort().values, plain):
             raise CheckpointError(
-                f"marlin.checkpoint.load: {shards[name + '.perm'].file} has {name}.perm, which "
-                f"should be a permutation of 0..{len(plain) - 1} but is not"
+                f"{prefix}.perm, which should be a permutation of 0..{len(plain) - 1} but is not"
             )
-    return layer
 
 
 def read(

@@ -14,7 +14,7 @@ import os
 import pathlib
 import re
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
 
@@ -72,10 +72,7 @@ class Checkpoint:
         linear = self.linears[name]
         codec = CODECS[self.scheme.format]
         record: Record = codec.read(self.shards, name, linear, self.scheme, device)
-        if record.bias is not None and not linear.bias and not bool(record.bias.any()):
-            # Some writers give every layer a bias of zeros.
-            return replace(record, bias=None)
-        return record
+        return record.without_idle_bias(linear.bias)
 
     def layer(self, name: str, device: torch.device | str = "cpu") -> Layer:
         """Reads a compressed layer into a layer.
@@ -170,8 +167,8 @@ def open_checkpoint(
     shards = open_folder(path) if shards is None else shards
     _check_claims(Fields(folder / CONFIG, model_config), len(shards))
     model = _build(model_config, folder, dtype)
-    linears = _find_linears(model, shards, scheme)
-    dense = _check_rest(model, shards, scheme, linears)
+    linears = find_linears(model, shards, scheme)
+    dense = check_rest(model, shards, scheme, linears)
     return Checkpoint(folder, model_config, scheme, shards, model, linears, dense)
 
 
@@ -262,7 +259,7 @@ def _build(config: dict[str, Any], folder: pathlib.Path, dtype: torch.dtype) -> 
         ) from error
 
 
-def _find_linears(model: nn.Module, shards: Shards, scheme: Scheme) -> dict[str, Linear]:
+def find_linears(model: nn.Module, shards: Shards, scheme: Scheme) -> dict[str, Linear]:
     """The compressed layers, whose headers are as they should be."""
     codec = CODECS[scheme.format]
     suffix = f".{codec.MARK}"
@@ -305,9 +302,7 @@ def needed(codec: ModuleType, shards: Shards, name: str, linear: Linear) -> dict
     return found | {"bias": (shape, types, linear.bias)}
 
 
-def _check_rest(
-    model: Any, shards: Shards, scheme: Scheme, linears: dict[str, Linear]
-) -> list[str]:
+def check_rest(model: Any, shards: Shards, scheme: Scheme, linears: dict[str, Linear]) -> list[str]:
     """Checks the tensors that are not compressed; returns the names of those that are needed."""
     codec = CODECS[scheme.format]
     packed = {f"{name}." for name in linears}

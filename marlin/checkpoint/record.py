@@ -84,6 +84,12 @@ class Record:
         groupsize = -1 if self.groupsize == self.k else self.groupsize
         return replace(self, zeros=zeros, g_idx=g_idx, groupsize=groupsize)
 
+    def without_idle_bias(self, wanted: bool) -> Record:
+        """The same layer without a bias of zeros that its model has no use for: some writers give
+        one to every layer."""
+        idle = self.bias is not None and not wanted and not bool(self.bias.any())
+        return replace(self, bias=None) if idle else self
+
 
 @dataclass(frozen=True)
 class Linear:

@@ -330,6 +330,25 @@ def quantization_config(
     return marlin.configuration(default, dynamic, "lm_head" in specs)
 
 
+def layers_config(model: nn.Module) -> dict[str, Any]:
+    """What config.json says, in the Marlin format, of the layers of a model.
+
+    Args:
+        model: with Marlin layers.
+    """
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, Layer)}
+    specs = {
+        name: Spec(
+            -1 if layer.groupsize == layer.k else layer.groupsize,
+            layer.z is None,
+            layer.perm is not None,
+        )
+        for name, layer in layers.items()
+    }
+    dense = [name for name, module in model.named_modules() if type(module) is nn.Linear]
+    return quantization_config("marlin", specs, dense, {n: layer.k for n, layer in layers.items()})
+
+
 # --------------------------------------------------------------------------------------------------
 # Files
 # --------------------------------------------------------------------------------------------------
