@@ -164,7 +164,7 @@ def test_a_name_of_the_hub_is_fetched_without_code(
 
     asked: list[Any] = []
 
-    def fetch(name: str, allow_patterns: list[str]) -> str:
+    def fetch(name: str, revision: str | None, allow_patterns: list[str]) -> str:
         asked.append((name, allow_patterns))
         return str(test_formats.FIXTURES / "gptq")
 

@@ -172,8 +172,12 @@ def open_checkpoint(
     return Checkpoint(folder, model_config, scheme, shards, model, linears, dense)
 
 
-def find(directory: str | os.PathLike[str]) -> pathlib.Path:
+def find(directory: str | os.PathLike[str], revision: str | None = None) -> pathlib.Path:
     """The local folder or file of a checkpoint; a repository of the hub is fetched.
+
+    Args:
+        directory: a folder, a file, or the name of a repository.
+        revision: of the repository; None is the newest.
 
     Raises:
         CheckpointError: it is neither there nor on the hub.
@@ -187,6 +191,7 @@ def find(directory: str | os.PathLike[str]) -> pathlib.Path:
         return pathlib.Path(
             huggingface_hub.snapshot_download(
                 str(directory),
+                revision=revision,
                 allow_patterns=["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"],
             )
         )

@@ -26,8 +26,8 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from ..checkpoint import CheckpointError
 from ..checkpoint import marlin as marlin_format
 from ..checkpoint.config import Fields, Scheme, parse
-from ..checkpoint.files import DTYPES, NAMES, Entry, Shards, open_file
-from ..checkpoint.model import CODECS, check_rest, find_linears, needed
+from ..checkpoint.files import DTYPES, Entry, Shards, open_file, open_folder
+from ..checkpoint.model import CODECS, check_rest, find, find_linears, needed
 from ..checkpoint.record import Linear
 from ..checkpoint.write import layers_config
 from ..layer import Layer
@@ -36,7 +36,7 @@ METHOD = "marlin"
 SOURCE = "stored_as"  # key of the quantisation config of a checkpoint in another format
 
 
-class MarlinConfig(QuantizationConfigMixin):  # type: ignore[no-any-unimported]
+class MarlinConfig(QuantizationConfigMixin):
     """The quantisation config of a checkpoint whose layers go onto marlin.Layer.
 
     Args:
@@ -66,22 +66,31 @@ class _Stored(nn.Module):
                 empty = torch.empty(entry.shape, dtype=DTYPES[entry.dtype], device="meta")
                 self.register_buffer(suffix, empty)
 
-    def layer(self, scheme: Scheme, path: pathlib.Path) -> Layer:
+    def layer(self, scheme: Scheme, shards: Shards) -> Layer:
         """The layer, on the device that the tensors are on.
 
         Raises:
             CheckpointError: the values are damaged or not what the config says.
         """
+        _read_floats_again(self, self.name, shards)
         tensors: dict[str, Tensor] = {f"{self.name}.{k}": t for k, t in self.named_buffers()}
-        entries = {k: Entry(path, tuple(t.shape), NAMES[t.dtype]) for k, t in tensors.items()}
+        entries = {key: shards[key] for key in tensors}
         device = next(iter(tensors.values())).device
-        codec = CODECS[scheme.format]
-        shards = Shards(entries, tensors)
-        record = codec.read(shards, self.name, self.linear, scheme, device)
+        read = CODECS[scheme.format].read
+        record = read(Shards(entries, tensors), self.name, self.linear, scheme, device)
         return marlin_format.layer_of(record.without_idle_bias(self.linear.bias).simplified())
 
 
-class MarlinQuantizer(HfQuantizer):  # type: ignore[no-any-unimported]
+def _read_floats_again(module: nn.Module, name: str, shards: Shards) -> None:
+    """Puts right what transformers 4.57 casts to the dtype of the model: scales in float16 are not
+    what they were after a visit to bfloat16, nor the other way round."""
+    for suffix, buffer in list(module.named_buffers()):
+        entry = shards.get(f"{name}.{suffix}")
+        if entry is not None and buffer.dtype != DTYPES[entry.dtype]:
+            setattr(module, suffix, shards.read(f"{name}.{suffix}", buffer.device))
+
+
+class MarlinQuantizer(HfQuantizer):
     """What transformers asks about a Marlin checkpoint while it loads and saves one."""
 
     requires_calibration = True  # it loads what is compressed, and compresses nothing
@@ -113,24 +122,9 @@ class MarlinQuantizer(HfQuantizer):  # type: ignore[no-any-unimported]
 
     def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> None:
         """Puts empty layers, on meta, where the files have compressed ones."""
-        files = kwargs.get("checkpoint_files")
-        if not files:
-            raise CheckpointError(
-                "marlin: this version of transformers does not tell which files it reads; use "
-                "marlin.load"
-            )
-        paths = [pathlib.Path(file) for file in files]
-        if any(path.suffix != ".safetensors" for path in paths):
-            raise CheckpointError(
-                f"marlin: transformers reads {paths[0]}, but safetensors are expected; marlin.load "
-                "reads old files"
-            )
-        entries: dict[str, Entry] = {}
-        for path in paths:
-            entries |= open_file(path)
-        shards = Shards(entries)
-        self.folder = paths[0].parent
-        self.stored = self.quantization_config.scheme(self.folder / "config.json")
+        shards = self.shards = _shards(model, kwargs.get("checkpoint_files"))
+        given: Any = self.quantization_config
+        self.stored = given.scheme(shards.files[0].parent / "config.json")
         linears = find_linears(model, shards, self.stored)
         check_rest(model, shards, self.stored, linears)
         for name, linear in linears.items():
@@ -150,12 +144,13 @@ class MarlinQuantizer(HfQuantizer):  # type: ignore[no-any-unimported]
         for name, module in list(model.named_modules()):
             if isinstance(module, _Stored):
                 parent, _, child = name.rpartition(".")
-                layer = module.layer(self.stored, self.folder)
+                layer = module.layer(self.stored, self.shards)
                 setattr(model.get_submodule(parent), child, layer)
             elif isinstance(module, Layer):
-                # transformers makes buffers anew that are not in the files, without a value
-                module.workspace.zero_()
-                marlin_format.check_layer(module, name, self.folder)
+                # transformers makes buffers that are not in the files anew, without a value
+                module.workspace = torch.zeros_like(module.workspace, device=module.B.device)
+                _read_floats_again(module, name, self.shards)
+                marlin_format.check_layer(module, name, self.shards[f"{name}.B"].file)
         self.quantization_config = MarlinConfig(**layers_config(model))
         model.config.quantization_config = self.quantization_config
         return model
@@ -173,6 +168,31 @@ class MarlinQuantizer(HfQuantizer):  # type: ignore[no-any-unimported]
     def is_compileable(self) -> bool:
         """Whether torch.compile takes the model."""
         return True
+
+
+def _shards(model: Any, files: list[str] | None) -> Shards:
+    """The tensors of the files that transformers is about to read.
+
+    Args:
+        model: whose config says where it comes from.
+        files: the files, which transformers 4.57 does not tell.
+    """
+    if files is None:
+        commit = getattr(model.config, "_commit_hash", None)
+        shards = open_folder(find(model.config.name_or_path, commit))
+    else:
+        entries: dict[str, Entry] = {}
+        for file in files:
+            entries |= open_file(pathlib.Path(file))
+        shards = Shards(entries)
+    for path in shards.files:
+        if path.suffix != ".safetensors":
+            raise CheckpointError(
+                f"marlin: {path} is not a safetensors file; marlin.load reads old files"
+            )
+    if not shards:
+        raise CheckpointError(f"marlin: {model.config.name_or_path} has no tensors")
+    return shards
 
 
 def config_for(directory: str, **kwargs: Any) -> Any:
