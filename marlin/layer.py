@@ -19,13 +19,13 @@ _ZERO_WORD = int.from_bytes(bytes([0x11 * layout.ZERO_POINT] * 4), "little", sig
 _PACK_FEATURES = 1024  # features packed at a time: bounds the float32 temporaries
 
 
-def _check_finite(caller: str, name: str, values: Tensor) -> None:
+def _check_finite(caller: str, name: str, values: Tensor, first_row: int = 0) -> None:
     low, high = torch.aminmax(values.float())  # NaN if any is; a pass less than isfinite
     if not torch.isfinite(torch.stack((low, high))).all():
-        where = (~torch.isfinite(values)).nonzero()[0].tolist()
+        row, column = (~torch.isfinite(values)).nonzero()[0].tolist()
         raise ValueError(
-            f"marlin.Layer.{caller}: {name} has NaN or Inf, first {values[tuple(where)].item()} at "
-            f"{tuple(where)}, but should be finite"
+            f"marlin.Layer.{caller}: {name} has NaN or Inf, {values[row, column].item()} at "
+            f"({first_row + row}, {column}), but should be finite"
         )
 
 
@@ -229,10 +229,12 @@ class Layer(nn.Module):
         grid = self._grid("pack", scales, zeros, g_idx, weight.device)
 
         def values(some: slice) -> Tensor:
+            part = weight[some]
+            if len(part):
+                _check_finite("pack", "linear.weight", part, some.start)
             w = torch.zeros(some.stop - some.start, K, device=weight.device)
-            n = len(weight[some])
-            w[:n, : self.k] = weight[some] if grid.order is None else weight[some][:, grid.order]
-            _check_finite("pack", "linear.weight", w)
+            n = len(part)
+            w[:n, : self.k] = part if grid.order is None else part[:, grid.order]
             w = w.view(len(w), -1, group)
             s = grid.scales[some].float()[:, :, None]
             w[:n] /= s.masked_fill(s == 0, torch.inf)  # w / inf is a stored zero
@@ -240,8 +242,10 @@ class Layer(nn.Module):
                 w = w.round_().add_(layout.ZERO_POINT)
             else:
                 w[:n] = w[:n].add_(grid.zeros[some].float()[:, :, None]).round_()
-                w[n:] = layout.ZERO_POINT
-            return w.clamp_(0, 15).to(torch.uint8).view(-1, K)
+                w[n:] = layout.ZERO_POINT  # padding
+            w = w.clamp_(0, 15).to(torch.uint8).view(-1, K)
+            w[:, self.k :] = layout.ZERO_POINT
+            return w
 
         bias = linear.bias.detach() if self.bias is not None else None
         self._pack(values, grid, bias)
