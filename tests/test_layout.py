@@ -79,6 +79,24 @@ def test_scales_are_where_layout_h_says(groups, N):
     assert torch.equal(layout.unpermute_scales(packed), s)
 
 
+def test_the_drawn_order_of_groups_is_that_of_group_order():
+    g_idx = torch.tensor([1, 0, 1, 0, 0, 0])
+    assert layout.group_order(g_idx, 6, 4).tolist() == [1, 3, 4, 5, 0, 2]
+
+
+@settings(max_examples=30, deadline=None)
+@given(k=st.integers(1, 300), group=st.sampled_from([16, 32, 48]), seed=st.integers(0, 99))
+def test_columns_in_the_order_of_groups_are_sorted_and_stable(k, group, seed):
+    generator = torch.Generator().manual_seed(seed)
+    g_idx = (torch.arange(k) // group)[torch.randperm(k, generator=generator)]
+    order = layout.group_order(g_idx.int(), k, group)
+    assert torch.equal(order.sort().values, torch.arange(k))
+    assert torch.equal(g_idx[order], torch.arange(k) // group)
+    for g in range(-(-k // group)):
+        members = order[group * g : group * (g + 1)]
+        assert torch.equal(members, members.sort().values)
+
+
 @pytest.mark.gpu
 def test_packing_on_a_gpu_gives_the_same_bytes():
     q = torch.randint(0, 16, (272, 832), dtype=torch.uint8)
