@@ -677,7 +677,11 @@ struct Walk {
       for (int k16 = 0; k16 < panel.num_k16; ++k16, --left) {
         if (left == 0) *++sum = 0.0f, left = panel.group_k16;
         const float* a = A + m * kBlockK + k16 * TILE_K;
-        for (int i = 0; i < TILE_K; ++i) *sum += a[i], extreme |= !(std::abs(a[i]) < 0x1p100f) << m;
+        float part[4] = {};  // four chains of additions instead of one
+        int far = 0;
+        for (int i = 0; i < TILE_K; ++i) part[i % 4] += a[i], far |= !(std::abs(a[i]) < 0x1p100f);
+        *sum += (part[0] + part[1]) + (part[2] + part[3]);
+        extreme |= static_cast<unsigned>(far) << m;
       }
     }
     return extreme;
