@@ -7,7 +7,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from reference import TOLERANCE
+from reference import TOLERANCE, error
 
 import marlin
 from marlin import layout
@@ -493,3 +493,26 @@ def test_compiled_and_exported_layers_give_the_bits_of_the_eager_one():
         assert torch.equal(compiled(x), layer(x))
         program = torch.export.export(layer, (x,))
         assert torch.equal(program.module()(x), layer(x))
+
+
+@pytest.mark.parametrize("zeros", [0, 15, "float"])
+@pytest.mark.parametrize(
+    "dtype, mean",
+    [(torch.float32, 0), *((dtype, mean) for dtype in DTYPES for mean in (0, 30))],
+)
+def test_error_is_at_most_twice_that_of_torch(each_isa, dtype, mean, zeros):
+    # Few tokens go by sums of x, which cancel against the others: worst for zero points far from 8
+    # and activations far from 0.
+    layer_dtype = torch.float16 if dtype == torch.float32 else dtype
+    values, W = random_values(4096, 64, 128, layer_dtype, "float" if zeros == "float" else None)
+    if zeros != "float":
+        values = values._replace(zeros=torch.full(values.scales.shape, zeros))
+        W = (values.q.double() - zeros) * values.scales.double().repeat_interleave(128, dim=1)
+    layer = marlin.Layer(4096, 64, 128, dtype=layer_dtype, zero_points=True)
+    layer.pack_values(*values)
+    for M in (1, 4, 8, 20):
+        x = (mean + torch.randn(M, 4096)).to(dtype)
+        expected = x.double() @ W.t()
+        ours = error(layer(x), expected)
+        theirs = error((x.float() @ W.float().t()).to(dtype), expected)
+        assert ours < 2 * theirs, M
