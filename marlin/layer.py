@@ -306,9 +306,17 @@ class Layer(nn.Module):
 
         def values(some: slice) -> Tensor:
             part = q[some].to(torch.uint8)
-            part = part if grid.order is None else part[:, grid.order]
-            padding = (0, K - self.k, 0, some.stop - some.start - len(part))
-            return nn.functional.pad(part, padding, value=layout.ZERO_POINT)
+            by_rows = part.stride(0) == 1  # the transpose of (k, n): stays so, see pack_weights
+            part, features, columns = (part.t(), 1, 0) if by_rows else (part, 0, 1)
+            if grid.order is not None:
+                part = part.index_select(columns, grid.order)
+            missing = [0, 0]
+            missing[features], missing[columns] = some.stop - some.start, K
+            missing = [size - has for size, has in zip(missing, part.shape, strict=True)]
+            if any(missing):
+                padding = (0, missing[1], 0, missing[0])
+                part = nn.functional.pad(part, padding, value=layout.ZERO_POINT)
+            return part.t() if by_rows else part
 
         self._pack(values, grid, bias)
 
@@ -463,13 +471,13 @@ class Layer(nn.Module):
         Example:
             >>> other.pack_values(*layer.unpack_values())
         """
-        q = layout.unpack_weights(self.B)[:, : self.n].t()
+        rows = layout.unpack_weights(self.B)  # (K, N), in the order of the groups
         scales = layout.unpermute_scales(self.s)[:, : self.n].t().contiguous()
         zeros = None
         if self.z is not None:
             zeros = layout.unpermute_scales(self.z)[:, : self.n].t().contiguous()
         if self.perm is None:
-            return Values(q[:, : self.k].contiguous(), scales, zeros, None)
+            return Values(rows[: self.k, : self.n].t().contiguous(), scales, zeros, None)
         K = self.perm.shape[0]
         perm = self.perm.long()
         if not torch.equal(perm.sort().values, torch.arange(K, device=perm.device)):
@@ -477,7 +485,8 @@ class Layer(nn.Module):
         row_of = torch.empty_like(perm)  # of the weight, for each column of x
         row_of[perm] = torch.arange(K, device=perm.device)
         g_idx = (row_of[: self.k] // (K // self.s.shape[0])).to(torch.int32)
-        return Values(q[:, row_of[: self.k]].contiguous(), scales, zeros, g_idx)
+        q = rows.index_select(0, row_of[: self.k])[:, : self.n].t().contiguous()
+        return Values(q, scales, zeros, g_idx)
 
     # ----------------------------------------------------------------------------------------------
     # As a module
