@@ -7,7 +7,7 @@
 //
 //   for each run of features whose sums stay in cache         run_slice
 //     for each block of kBlockK rows of the weight
-//       bring the block of A to FP32                          load_row
+//       bring the block of A to FP32, its columns in order    load_A (once before, if there are several slices)
 //       for each panel of features
 //         unpack the block of the panel to FP32, scaled       unpack
 //         for each tile of tokens: sums += A block x panel    multiply
