@@ -7,7 +7,7 @@
 //
 //   for each run of features whose sums stay in cache         run_slice
 //     for each block of kBlockK rows of the weight
-//       bring the block of A to FP32                          load_row
+//       bring the block of A to FP32, its columns in order    load_A (once before, if there are several slices)
 //       for each panel of features
 //         unpack the block of the panel to FP32, scaled       unpack
 //         for each tile of tokens: sums += A block x panel    multiply
@@ -16,6 +16,7 @@
 #include "marlin.h"
 
 #include <algorithm>
+#include <cmath>
 #include <cstring>
 #include <memory>
 #include <utility>
@@ -44,13 +45,14 @@ namespace {
 // Constants
 // ---------------------------------------------------------------------------------------------------------------------
 
-constexpr int kBlockK = 128;      // rows of the weight between two visits to the sums, and the row stride of A in FP32
-constexpr int kMaxTile = 14;      // tokens whose sums fit into registers, of any instruction set
-constexpr int kMaxTokens = 256;   // of a task: a panel is unpacked once for that many
-constexpr int kMinTokens = 32;    // of a task, where tokens are cut finer because features are few
-constexpr int kEnoughTasks = 64;  // tokens are cut finer until there are so many
-constexpr int kSumsFloats = 131072;   // FP32 sums of a slice: 512 KB, half of a usual L2
-constexpr int kHeldFloats = 1 << 22;  // of A, converted once for several slices: 16 MB
+constexpr int kBlockK = 128;  // rows of the weight between two visits to the sums, and the row stride of A in FP32
+constexpr int kMaxRuns = kBlockK / TILE_K;  // of rows of one group in a block
+constexpr int kMaxTile = 14;                // tokens whose sums fit into registers, of any instruction set
+constexpr int kMaxTokens = 256;             // of a task: a panel is unpacked once for that many
+constexpr int kMinTokens = 32;              // of a task, where tokens are cut finer because features are few
+constexpr int kEnoughTasks = 64;            // tokens are cut finer until there are so many
+constexpr int kSumsFloats = 131072;         // FP32 sums of a slice: 512 KB, half of a usual L2
+constexpr int kHeldFloats = 1 << 22;        // of A, converted once for several slices: 16 MB
 
 // One block of rows of one panel of features. Both B and s keep the features of a panel adjacent.
 struct Panel {
@@ -79,7 +81,10 @@ struct Kernels {
   // a chain of 128 sums and one of K / 128 lose less than one of K (at K = 4096 a third of the error).
   void (*multiply[kMaxTile])(const float* A, const float* W, int num_k, float* sums);  // (tokens - 1)
   // Both in one for few tokens: the weights live in registers only, a group's sums are scaled instead of its weights.
-  void (*direct[2][kMaxTile])(const Panel& panel, const float* A, float* sums);  // (has zero points, tokens - 1)
+  // With zero points, sum a (q - z) = sum a (q - 8) + (8 - z) sum a: A_sums (tokens, kMaxRuns) has the sums of A over each
+  // run of rows of one group in the block. A subtraction for each weight instead takes 1.22 x the time at M = 1.
+  // (has zero points, tokens - 1)
+  void (*direct[2][kMaxTile])(const Panel& panel, const float* A, const float* A_sums, float* sums);
 };
 
 // Panels hold features in the order in which words unpack: of 2V features, position V upper + 4 (g - g_begin) + j is
@@ -262,19 +267,17 @@ MARLIN_AVX2_INLINE __m256i words_avx2(const int32_t* words, int t) {
   return _mm256_inserti128_si256(_mm256_castsi128_si256(_mm_loadu_si128(quads + t)), _mm_loadu_si128(quads + 4 + t), 1);
 }
 
-// Nibble i of each word, as FP32 q - z (q - 8 without zero points). In place: under the exponent of 2^(23 - 4i) bits 4i ..
+// Nibble i of each word, as FP32 q - 8. In place: under the exponent of 2^(23 - 4i) bits 4i ..
 // 4i+3 of the mantissa count ones, so that `magic | nibble` is 2^(23 - 4i) + q. Two logical operations and a subtraction
 // run on three ports, where a shift and a conversion would crowd two. The mantissa has 23 bits: nibbles 5..7 come from the
 // word shifted by 12.
-template <bool kZeros>
-MARLIN_AVX2_INLINE __m256 value_avx2(__m256i w, __m256i w12, int i, __m256 zero) {
+MARLIN_AVX2_INLINE __m256 nibble_avx2(__m256i w, __m256i w12, int i) {
   const int place = i < 5 ? i : i - 3;
   const __m256i mask = _mm256_set1_epi32(15 << 4 * place);
   const __m256i magic = _mm256_set1_epi32((127 + 23 - 4 * place) << 23);
-  const __m256 offset = _mm256_set1_ps(static_cast<float>((1 << (23 - 4 * place)) + (kZeros ? 0 : ZERO_POINT)));
+  const __m256 offset = _mm256_set1_ps(static_cast<float>((1 << (23 - 4 * place)) + ZERO_POINT));
   const __m256i q = _mm256_or_si256(_mm256_and_si256(i < 5 ? w : w12, mask), magic);
-  const __m256 value = _mm256_sub_ps(_mm256_castsi256_ps(q), offset);
-  return kZeros ? _mm256_sub_ps(value, zero) : value;
+  return _mm256_sub_ps(_mm256_castsi256_ps(q), offset);
 }
 
 // Scales or zero points of 16 features, by upper: it is the upper half of each pair.
@@ -293,18 +296,24 @@ MARLIN_AVX2_INLINE void scales_avx2(const uint16_t* s, DType dtype, __m256 scale
   scale[1] = _mm256_cvtph_ps(_mm256_extracti128_si256(halves, 1));
 }
 
+// z - 8, what is to be taken off the nibbles.
+MARLIN_AVX2_INLINE void zeros_avx2(const uint16_t* z, DType dtype, __m256 zero[2]) {
+  scales_avx2(z, dtype, zero);
+  for (int upper = 0; upper < 2; ++upper) zero[upper] = _mm256_sub_ps(zero[upper], _mm256_set1_ps(ZERO_POINT));
+}
+
 template <bool kZeros>
 MARLIN_AVX2 void unpack_avx2(const Panel& panel, float* W) {
   int64_t s_idx = 0;
   int left = panel.group_k16_left;
   __m256 scale[2], zero[2];  // (upper)
   scales_avx2(panel.s, panel.s_dtype, scale);
-  if (kZeros) scales_avx2(panel.z, panel.s_dtype, zero);
+  if (kZeros) zeros_avx2(panel.z, panel.s_dtype, zero);
   for (int k16 = 0; k16 < panel.num_k16; ++k16, --left) {
     if (left == 0) {
       s_idx += panel.s_stride, left = panel.group_k16;
       scales_avx2(panel.s + s_idx, panel.s_dtype, scale);
-      if (kZeros) scales_avx2(panel.z + s_idx, panel.s_dtype, zero);
+      if (kZeros) zeros_avx2(panel.z + s_idx, panel.s_dtype, zero);
     }
     const int32_t* words = panel.B + k16 * panel.b_stride;
     fetch_avx2(panel.B_next + k16 * panel.b_stride);
@@ -313,8 +322,9 @@ MARLIN_AVX2 void unpack_avx2(const Panel& panel, float* W) {
 #pragma GCC unroll 8
       for (int i = 0; i < 8; ++i) {  // nibbles: bit 0 is far, bit 1 upper, bit 2 odd
         const int k = TILE_K * k16 + 2 * t + 8 * (i & 1) + (i >> 2), upper = i >> 1 & 1;
-        _mm256_storeu_ps(W + (2 * k + upper) * kLanesAvx2,
-                         _mm256_mul_ps(value_avx2<kZeros>(w, w12, i, zero[upper]), scale[upper]));
+        __m256 value = nibble_avx2(w, w12, i);
+        if (kZeros) value = _mm256_sub_ps(value, zero[upper]);
+        _mm256_storeu_ps(W + (2 * k + upper) * kLanesAvx2, _mm256_mul_ps(value, scale[upper]));
       }
     }
   }
@@ -343,14 +353,13 @@ MARLIN_AVX2 void multiply_avx2(const float* A, const float* W, int num_k, float*
 }
 
 template <int kTokens, bool kZeros>
-MARLIN_AVX2 void direct_avx2(const Panel& panel, const float* A, float* sums) {
+MARLIN_AVX2 void direct_avx2(const Panel& panel, const float* A, const float* A_sums, float* sums) {
   constexpr int kChains = kTokens <= 2 ? 2 : 1;  // an FMA takes 4 cycles, two start in each
   int64_t s_idx = 0;
   int left = panel.group_k16_left;
-  for (int k16 = 0; k16 < panel.num_k16;) {
+  for (int k16 = 0, run = 0; k16 < panel.num_k16; ++run) {
     const int k16_end = std::min(panel.num_k16, k16 + left);
-    __m256 zero[2], acc[kTokens][2][kChains];  // (upper), (tokens, upper, chains)
-    if (kZeros) scales_avx2(panel.z + s_idx, panel.s_dtype, zero);
+    __m256 acc[kTokens][2][kChains];  // (tokens, upper, chains)
     for (auto& token : acc) {
       for (auto& chains : token) std::fill_n(chains, kChains, _mm256_setzero_ps());
     }
@@ -364,8 +373,8 @@ MARLIN_AVX2 void direct_avx2(const Panel& panel, const float* A, float* sums) {
         for (int i = 0; i < 4; ++i) {  // k: bit 0 is far, bit 1 odd
           const float* a_k = A + TILE_K * k16 + 2 * t + 8 * (i & 1) + (i >> 1);
           const int lower = (i & 1) + 4 * (i >> 1), chain = i % kChains;
-          const __m256 w0 = value_avx2<kZeros>(w, w12, lower, zero[0]);
-          const __m256 w1 = value_avx2<kZeros>(w, w12, lower + 2, zero[1]);
+          const __m256 w0 = nibble_avx2(w, w12, lower);
+          const __m256 w1 = nibble_avx2(w, w12, lower + 2);
 #pragma GCC unroll 8
           for (int m = 0; m < kTokens; ++m) {
             const __m256 a = _mm256_broadcast_ss(a_k + m * kBlockK);
@@ -375,8 +384,9 @@ MARLIN_AVX2 void direct_avx2(const Panel& panel, const float* A, float* sums) {
         }
       }
     }
-    __m256 scale[2];  // (upper)
+    __m256 scale[2], zero[2];  // (upper)
     scales_avx2(panel.s + s_idx, panel.s_dtype, scale);
+    if (kZeros) zeros_avx2(panel.z + s_idx, panel.s_dtype, zero);
 #pragma GCC unroll 8
     for (int m = 0; m < kTokens; ++m) {
 #pragma GCC unroll 2
@@ -384,6 +394,7 @@ MARLIN_AVX2 void direct_avx2(const Panel& panel, const float* A, float* sums) {
         float* sum = sums + (2 * m + upper) * kLanesAvx2;
         __m256 acc_all = acc[m][upper][0];
         if (kChains == 2) acc_all = _mm256_add_ps(acc_all, acc[m][upper][kChains - 1]);
+        if (kZeros) acc_all = _mm256_fnmadd_ps(_mm256_set1_ps(A_sums[m * kMaxRuns + run]), zero[upper], acc_all);
         _mm256_storeu_ps(sum, _mm256_fmadd_ps(acc_all, scale[upper], _mm256_loadu_ps(sum)));
       }
     }
@@ -429,14 +440,10 @@ MARLIN_AVX512_INLINE void words_avx512(const int32_t* words, __m512i by_t[4]) {
   by_t[2] = _mm512_shuffle_i32x4(t23_g01, t23_g23, 0x88), by_t[3] = _mm512_shuffle_i32x4(t23_g01, t23_g23, 0xdd);
 }
 
-// Nibble i of each word, as FP32 q - z (q - 8 without zero points): vpermps looks at four bits of each index, so that no
-// mask is needed.
-template <bool kZeros>
-MARLIN_AVX512_INLINE __m512 value_avx512(__m512i w, int i, __m512 zero) {
-  const __m512 signed_values = _mm512_setr_ps(-8, -7, -6, -5, -4, -3, -2, -1, 0, 1, 2, 3, 4, 5, 6, 7);
-  const __m512 values = _mm512_setr_ps(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
-  const __m512 value = _mm512_permutexvar_ps(i == 0 ? w : _mm512_srli_epi32(w, 4 * i), kZeros ? values : signed_values);
-  return kZeros ? _mm512_sub_ps(value, zero) : value;
+// Nibble i of each word, as FP32 q - 8: vpermps looks at four bits of each index, so that no mask is needed.
+MARLIN_AVX512_INLINE __m512 nibble_avx512(__m512i w, int i) {
+  const __m512 values = _mm512_setr_ps(-8, -7, -6, -5, -4, -3, -2, -1, 0, 1, 2, 3, 4, 5, 6, 7);
+  return _mm512_permutexvar_ps(i == 0 ? w : _mm512_srli_epi32(w, 4 * i), values);
 }
 
 // Scales or zero points of 32 features, by upper: it is the upper half of each pair.
@@ -451,18 +458,24 @@ MARLIN_AVX512_INLINE void scales_avx512(const uint16_t* s, DType dtype, __m512 s
   }
 }
 
+// z - 8, what is to be taken off the nibbles.
+MARLIN_AVX512_INLINE void zeros_avx512(const uint16_t* z, DType dtype, __m512 zero[2]) {
+  scales_avx512(z, dtype, zero);
+  for (int upper = 0; upper < 2; ++upper) zero[upper] = _mm512_sub_ps(zero[upper], _mm512_set1_ps(ZERO_POINT));
+}
+
 template <bool kZeros>
 MARLIN_AVX512 void unpack_avx512(const Panel& panel, float* W) {
   int64_t s_idx = 0;
   int left = panel.group_k16_left;
   __m512 scale[2], zero[2];  // (upper)
   scales_avx512(panel.s, panel.s_dtype, scale);
-  if (kZeros) scales_avx512(panel.z, panel.s_dtype, zero);
+  if (kZeros) zeros_avx512(panel.z, panel.s_dtype, zero);
   for (int k16 = 0; k16 < panel.num_k16; ++k16, --left) {
     if (left == 0) {
       s_idx += panel.s_stride, left = panel.group_k16;
       scales_avx512(panel.s + s_idx, panel.s_dtype, scale);
-      if (kZeros) scales_avx512(panel.z + s_idx, panel.s_dtype, zero);
+      if (kZeros) zeros_avx512(panel.z + s_idx, panel.s_dtype, zero);
     }
     __m512i by_t[4];
     const int32_t* words = panel.B + k16 * panel.b_stride;
@@ -473,8 +486,9 @@ MARLIN_AVX512 void unpack_avx512(const Panel& panel, float* W) {
 #pragma GCC unroll 8
       for (int i = 0; i < 8; ++i) {  // nibbles: bit 0 is far, bit 1 upper, bit 2 odd
         const int k = TILE_K * k16 + 2 * t + 8 * (i & 1) + (i >> 2), upper = i >> 1 & 1;
-        _mm512_storeu_ps(W + (2 * k + upper) * kLanesAvx512,
-                         _mm512_mul_ps(value_avx512<kZeros>(by_t[t], i, zero[upper]), scale[upper]));
+        __m512 value = nibble_avx512(by_t[t], i);
+        if (kZeros) value = _mm512_sub_ps(value, zero[upper]);
+        _mm512_storeu_ps(W + (2 * k + upper) * kLanesAvx512, _mm512_mul_ps(value, scale[upper]));
       }
     }
   }
@@ -506,14 +520,13 @@ MARLIN_AVX512 void multiply_avx512(const float* A, const float* W, int num_k, fl
 }
 
 template <int kTokens, bool kZeros>
-MARLIN_AVX512 void direct_avx512(const Panel& panel, const float* A, float* sums) {
+MARLIN_AVX512 void direct_avx512(const Panel& panel, const float* A, const float* A_sums, float* sums) {
   constexpr int kChains = kTokens <= 3 ? 2 : 1;  // an FMA takes 4 cycles, two start in each
   int64_t s_idx = 0;
   int left = panel.group_k16_left;
-  for (int k16 = 0; k16 < panel.num_k16;) {
+  for (int k16 = 0, run = 0; k16 < panel.num_k16; ++run) {
     const int k16_end = std::min(panel.num_k16, k16 + left);
-    __m512 zero[2], acc[kTokens][2][kChains];  // (upper), (tokens, upper, chains)
-    if (kZeros) scales_avx512(panel.z + s_idx, panel.s_dtype, zero);
+    __m512 acc[kTokens][2][kChains];  // (tokens, upper, chains)
     for (auto& token : acc) {
       for (auto& chains : token) std::fill_n(chains, kChains, _mm512_setzero_ps());
     }
@@ -528,8 +541,8 @@ MARLIN_AVX512 void direct_avx512(const Panel& panel, const float* A, float* sums
         for (int i = 0; i < 4; ++i) {  // k: bit 0 is far, bit 1 odd
           const float* a_k = A + TILE_K * k16 + 2 * t + 8 * (i & 1) + (i >> 1);
           const int lower = (i & 1) + 4 * (i >> 1), chain = i % kChains;
-          const __m512 w0 = value_avx512<kZeros>(by_t[t], lower, zero[0]);
-          const __m512 w1 = value_avx512<kZeros>(by_t[t], lower + 2, zero[1]);
+          const __m512 w0 = nibble_avx512(by_t[t], lower);
+          const __m512 w1 = nibble_avx512(by_t[t], lower + 2);
 #pragma GCC unroll 16
           for (int m = 0; m < kTokens; ++m) {
             const __m512 a = _mm512_set1_ps(a_k[m * kBlockK]);
@@ -539,8 +552,9 @@ MARLIN_AVX512 void direct_avx512(const Panel& panel, const float* A, float* sums
         }
       }
     }
-    __m512 scale[2];  // (upper)
+    __m512 scale[2], zero[2];  // (upper)
     scales_avx512(panel.s + s_idx, panel.s_dtype, scale);
+    if (kZeros) zeros_avx512(panel.z + s_idx, panel.s_dtype, zero);
 #pragma GCC unroll 16
     for (int m = 0; m < kTokens; ++m) {
 #pragma GCC unroll 2
@@ -548,6 +562,7 @@ MARLIN_AVX512 void direct_avx512(const Panel& panel, const float* A, float* sums
         float* sum = sums + (2 * m + upper) * kLanesAvx512;
         __m512 acc_all = acc[m][upper][0];
         if (kChains == 2) acc_all = _mm512_add_ps(acc_all, acc[m][upper][kChains - 1]);
+        if (kZeros) acc_all = _mm512_fnmadd_ps(_mm512_set1_ps(A_sums[m * kMaxRuns + run]), zero[upper], acc_all);
         _mm512_storeu_ps(sum, _mm512_fmadd_ps(acc_all, scale[upper], _mm512_loadu_ps(sum)));
       }
     }
@@ -621,6 +636,7 @@ struct Scratch {
 struct Walk {
   const Problem& p;
   const Kernels& kernels;
+  bool direct;
   int64_t m_begin, m_end;
 
   int64_t tokens() const { return m_end - m_begin; }
@@ -650,11 +666,34 @@ struct Walk {
     }
   }
 
-  // The features [n_begin, n_end), both ends on chunks. If A_held, scratch.A has all of A already.
-  void run_slice(const Scratch& scratch, bool A_held, int64_t n_begin, int64_t n_end) const {
+  // A_sums (tokens, kMaxRuns) of a block as direct wants them. Returns a bit for each token that has a value which a sum of
+  // the block's rows might not survive: 2^100 or more, Inf, NaN.
+  unsigned sum_runs(const Panel& panel, const float* A, float* A_sums) const {
+    unsigned extreme = 0;
+    for (int64_t m = 0; m < tokens(); ++m) {
+      int left = panel.group_k16_left;
+      float* sum = A_sums + m * kMaxRuns;
+      *sum = 0.0f;
+      for (int k16 = 0; k16 < panel.num_k16; ++k16, --left) {
+        if (left == 0) *++sum = 0.0f, left = panel.group_k16;
+        const float* a = A + m * kBlockK + k16 * TILE_K;
+        float part[4] = {};  // four chains of additions instead of one
+        int far = 0;
+        for (int i = 0; i < TILE_K; ++i) part[i % 4] += a[i], far |= !(std::abs(a[i]) < 0x1p100f);
+        *sum += (part[0] + part[1]) + (part[2] + part[3]);
+        extreme |= static_cast<unsigned>(far) << m;
+      }
+    }
+    return extreme;
+  }
+
+  // The features [n_begin, n_end), both ends on chunks. If A_held, scratch.A has all of A already. Returns what sum_runs
+  // does.
+  unsigned run_slice(const Scratch& scratch, bool A_held, int64_t n_begin, int64_t n_end) const {
     const int64_t features = n_end - n_begin;
-    const bool direct = p.M <= kernels.max_tokens_direct;
-    const int64_t max_tokens = direct ? p.M : kernels.max_tokens;
+    const int64_t max_tokens = direct ? tokens() : kernels.max_tokens;
+    unsigned extreme = 0;
+    float A_sums[kMaxTile * kMaxRuns];
     const int64_t num_tiles = (tokens() + max_tokens - 1) / max_tokens;
     const int tile_small = static_cast<int>(tokens() / num_tiles), num_larger = static_cast<int>(tokens() % num_tiles);
 
@@ -687,6 +726,7 @@ struct Walk {
       panel.num_k16 = static_cast<int>(num_k / TILE_K);
       panel.group_k16 = static_cast<int>(p.group / TILE_K);
       panel.group_k16_left = static_cast<int>((p.group - k % p.group) / TILE_K);
+      if (direct && zeros) extreme |= sum_runs(panel, A_block, A_sums);
       for (int64_t n = 0; n < features; n += kernels.features) {
         // What comes after the last panel is the next block of the first one.
         panel.B_next = n + kernels.features < features ? panel.B + 2 * kernels.features : next_block_B;
@@ -696,7 +736,7 @@ struct Walk {
         for (int64_t tile_idx = 0; tile_idx < num_tiles; ++tile_idx) {
           const int tile = tile_small + (tile_idx < num_larger);
           if (direct) {
-            kernels.direct[zeros][tile - 1](panel, A, sums);
+            kernels.direct[zeros][tile - 1](panel, A, A_sums, sums);
           } else {
             kernels.multiply[tile - 1](A, scratch.W, static_cast<int>(num_k), sums);
           }
@@ -707,6 +747,7 @@ struct Walk {
       }
     }
     store_slice(scratch, n_begin, n_end);
+    return extreme;
   }
 
   void store_slice(const Scratch& scratch, int64_t n_begin, int64_t n_end) const {
@@ -741,7 +782,14 @@ struct Walk {
     const Scratch scratch(tokens(), A_held ? (K_used() + kBlockK - 1) / kBlockK * kBlockK : kBlockK,
                           std::min(most, n_end - n_begin), p.perm ? p.K_A + 1 : 0);
     if (A_held) load_A(0, K_used(), scratch);
-    for (int64_t n = n_begin; n < n_end; n += most) run_slice(scratch, A_held, n, std::min(n + most, n_end));
+    unsigned extreme = 0;
+    for (int64_t n = n_begin; n < n_end; n += most) {
+      extreme |= run_slice(scratch, A_held, n, std::min(n + most, n_end));
+    }
+    // Inf (q - 8) + (8 - z) Inf is NaN where Inf (q - z) may be Inf: such tokens once more, by themselves and without it.
+    for (int64_t m = m_begin; extreme != 0; ++m, extreme >>= 1) {
+      if (extreme & 1) Walk{p, kernels, false, m, m + 1}.run(n_begin, n_end);
+    }
   }
 };
 
@@ -775,6 +823,7 @@ Status cpu_run(const Problem& p, Isa isa, int64_t begin, int64_t end) {
   if (p.dtype != DType::f16 && p.dtype != DType::bf16 && p.dtype != DType::f32) return Status::bad_dtype;
   if (p.scale_dtype != DType::f16 && p.scale_dtype != DType::bf16) return Status::bad_dtype;
   if (isa > cpu_best_isa()) return Status::no_config;
+  const Kernels& kernels = kernels_of(isa);
   const int64_t chunks = p.N / TILE_N, blocks = num_token_blocks(p);
   end = std::min(end, blocks * chunks);
   // Neighbouring tasks of one token block go together, so that A is converted once for all of them. No sum depends on how
@@ -783,7 +832,8 @@ Status cpu_run(const Problem& p, Isa isa, int64_t begin, int64_t end) {
     const int64_t block = begin / chunks, chunk = begin % chunks;
     const int64_t m_begin = p.M * block / blocks, m_end = p.M * (block + 1) / blocks;
     const int64_t num_chunks = std::min(end - begin, chunks - chunk);
-    Walk{p, kernels_of(isa), m_begin, m_end}.run(chunk * TILE_N, (chunk + num_chunks) * TILE_N);
+    const bool direct = p.M <= kernels.max_tokens_direct;
+    Walk{p, kernels, direct, m_begin, m_end}.run(chunk * TILE_N, (chunk + num_chunks) * TILE_N);
     begin += num_chunks;
   }
   return Status::ok;

@@ -19,13 +19,13 @@ _ZERO_WORD = int.from_bytes(bytes([0x11 * layout.ZERO_POINT] * 4), "little", sig
 _PACK_FEATURES = 1024  # features packed at a time: bounds the float32 temporaries
 
 
-def _check_finite(caller: str, name: str, values: Tensor) -> None:
+def _check_finite(caller: str, name: str, values: Tensor, first_row: int = 0) -> None:
     low, high = torch.aminmax(values.float())  # NaN if any is; a pass less than isfinite
     if not torch.isfinite(torch.stack((low, high))).all():
-        where = (~torch.isfinite(values)).nonzero()[0].tolist()
+        row, column = (~torch.isfinite(values)).nonzero()[0].tolist()
         raise ValueError(
-            f"marlin.Layer.{caller}: {name} has NaN or Inf, first {values[tuple(where)].item()} at "
-            f"{tuple(where)}, but should be finite"
+            f"marlin.Layer.{caller}: {name} has NaN or Inf, {values[row, column].item()} at "
+            f"({first_row + row}, {column}), but should be finite"
         )
 
 
@@ -229,10 +229,12 @@ class Layer(nn.Module):
         grid = self._grid("pack", scales, zeros, g_idx, weight.device)
 
         def values(some: slice) -> Tensor:
+            part = weight[some]
+            if len(part):
+                _check_finite("pack", "linear.weight", part, some.start)
             w = torch.zeros(some.stop - some.start, K, device=weight.device)
-            n = len(weight[some])
-            w[:n, : self.k] = weight[some] if grid.order is None else weight[some][:, grid.order]
-            _check_finite("pack", "linear.weight", w)
+            n = len(part)
+            w[:n, : self.k] = part if grid.order is None else part[:, grid.order]
             w = w.view(len(w), -1, group)
             s = grid.scales[some].float()[:, :, None]
             w[:n] /= s.masked_fill(s == 0, torch.inf)  # w / inf is a stored zero
@@ -240,8 +242,10 @@ class Layer(nn.Module):
                 w = w.round_().add_(layout.ZERO_POINT)
             else:
                 w[:n] = w[:n].add_(grid.zeros[some].float()[:, :, None]).round_()
-                w[n:] = layout.ZERO_POINT
-            return w.clamp_(0, 15).to(torch.uint8).view(-1, K)
+                w[n:] = layout.ZERO_POINT  # padding
+            w = w.clamp_(0, 15).to(torch.uint8).view(-1, K)
+            w[:, self.k :] = layout.ZERO_POINT
+            return w
 
         bias = linear.bias.detach() if self.bias is not None else None
         self._pack(values, grid, bias)
@@ -302,9 +306,17 @@ class Layer(nn.Module):
 
         def values(some: slice) -> Tensor:
             part = q[some].to(torch.uint8)
-            part = part if grid.order is None else part[:, grid.order]
-            padding = (0, K - self.k, 0, some.stop - some.start - len(part))
-            return nn.functional.pad(part, padding, value=layout.ZERO_POINT)
+            by_rows = part.stride(0) == 1  # the transpose of (k, n): stays so, see pack_weights
+            part, features, columns = (part.t(), 1, 0) if by_rows else (part, 0, 1)
+            if grid.order is not None:
+                part = part.index_select(columns, grid.order)
+            missing = [0, 0]
+            missing[features], missing[columns] = some.stop - some.start, K
+            missing = [size - has for size, has in zip(missing, part.shape, strict=True)]
+            if any(missing):
+                padding = (0, missing[1], 0, missing[0])
+                part = nn.functional.pad(part, padding, value=layout.ZERO_POINT)
+            return part.t() if by_rows else part
 
         self._pack(values, grid, bias)
 
@@ -459,13 +471,13 @@ class Layer(nn.Module):
         Example:
             >>> other.pack_values(*layer.unpack_values())
         """
-        q = layout.unpack_weights(self.B)[:, : self.n].t()
+        rows = layout.unpack_weights(self.B)  # (K, N), in the order of the groups
         scales = layout.unpermute_scales(self.s)[:, : self.n].t().contiguous()
         zeros = None
         if self.z is not None:
             zeros = layout.unpermute_scales(self.z)[:, : self.n].t().contiguous()
         if self.perm is None:
-            return Values(q[:, : self.k].contiguous(), scales, zeros, None)
+            return Values(rows[: self.k, : self.n].t().contiguous(), scales, zeros, None)
         K = self.perm.shape[0]
         perm = self.perm.long()
         if not torch.equal(perm.sort().values, torch.arange(K, device=perm.device)):
@@ -473,7 +485,8 @@ class Layer(nn.Module):
         row_of = torch.empty_like(perm)  # of the weight, for each column of x
         row_of[perm] = torch.arange(K, device=perm.device)
         g_idx = (row_of[: self.k] // (K // self.s.shape[0])).to(torch.int32)
-        return Values(q[:, row_of[: self.k]].contiguous(), scales, zeros, g_idx)
+        q = rows.index_select(0, row_of[: self.k])[:, : self.n].t().contiguous()
+        return Values(q, scales, zeros, g_idx)
 
     # ----------------------------------------------------------------------------------------------
     # As a module
