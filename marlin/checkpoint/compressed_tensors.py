@@ -32,7 +32,6 @@ from .record import (
     pack_last,
     read_bias,
     read_scales,
-    unpack_first,
     unpack_last,
 )
 
@@ -85,10 +84,8 @@ def read(
     if linear.spec.act_order:
         g_idx = shards.read(f"{name}.weight_g_idx", device)
         check_order(shards, f"{name}.weight_g_idx", g_idx, linear.spec.groupsize)
-    # Layers are packed from (k, n), and words are an eighth of the elements that are in them.
-    words = shards.read(f"{name}.weight_packed", device).t()
     return Record(
-        unpack_first(words)[: linear.k].t(),
+        unpack_last(shards.read(f"{name}.weight_packed", device), linear.k),
         read_scales(shards, f"{name}.weight_scale", device),
         zeros,
         g_idx,
