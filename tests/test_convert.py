@@ -81,6 +81,20 @@ def test_a_config_beside_config_json_is_found(file: str, tmp_path: pathlib.Path)
     assert torch.allclose(logits(marlin.load(tmp_path)), logits(dense), atol=1e-3)
 
 
+@pytest.mark.parametrize("file", ["gptq_model-4bit-32g.safetensors", "pytorch_model.bin", "m.pt"])
+def test_weights_under_the_names_of_old_writers_are_found(
+    file: str, tmp_path: pathlib.Path
+) -> None:
+    dense, _ = formats.folder(tmp_path, "gptq")
+    tensors = safetensors.torch.load_file(tmp_path / "model.safetensors")
+    (tmp_path / "model.safetensors").unlink()
+    if file.endswith(".safetensors"):
+        safetensors.torch.save_file(tensors, tmp_path / file)
+    else:
+        torch.save(tensors, tmp_path / file)
+    assert torch.allclose(logits(marlin.load(tmp_path)), logits(dense), atol=1e-3)
+
+
 def test_layers_are_read_one_at_a_time(
     tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -155,6 +169,44 @@ def test_biases_of_zeros_that_the_model_does_not_have_are_dropped(tmp_path: path
     assert loaded.get_submodule(GATE).bias is None
     dense.model.layers[0].mlp.down_proj.bias = torch.nn.Parameter(torch.ones(64))
     assert torch.allclose(logits(loaded), logits(dense), atol=1e-3)
+
+
+def test_tensors_that_the_models_class_says_to_ignore_are_ignored(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import transformers
+
+    dense, _ = formats.folder(tmp_path, "gptq")
+    file = tmp_path / "model.safetensors"
+    tensors = safetensors.torch.load_file(file)
+    layer = {key: tensor.clone() for key, tensor in tensors.items() if GATE in key}
+    extra = {f"mtp.0.{key.rpartition('.')[2]}": tensor for key, tensor in layer.items()}
+    safetensors.torch.save_file(tensors | extra, file)
+    with pytest.raises(checkpoint.CheckpointError, match=r"has no linear layer mtp\.0"):
+        marlin.load(tmp_path)
+    ignored = [r"^mtp\."]
+    model_class = transformers.LlamaForCausalLM
+    monkeypatch.setattr(model_class, "_keys_to_ignore_on_load_unexpected", ignored)
+    assert torch.allclose(logits(marlin.load(tmp_path)), logits(dense), atol=1e-3)
+
+
+def test_buffers_of_integers_stay_integers(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import transformers
+
+    formats.folder(tmp_path, "gptq")
+    made = transformers.LlamaModel.__init__
+
+    def with_buffer(self: Any, config: Any) -> None:
+        made(self, config)
+        self.register_buffer("steps", torch.zeros(3, dtype=torch.int64))
+
+    monkeypatch.setattr(transformers.LlamaModel, "__init__", with_buffer)
+    file = tmp_path / "model.safetensors"
+    tensors = safetensors.torch.load_file(file) | {"model.steps": torch.tensor([1, 2, 1 << 40])}
+    safetensors.torch.save_file(tensors, file)
+    assert marlin.load(tmp_path).model.steps.tolist() == [1, 2, 1 << 40]
 
 
 def test_a_name_of_the_hub_is_fetched_without_code(
@@ -268,6 +320,14 @@ def test_a_model_on_layers_is_saved_in_every_format(target: str, tmp_path: pathl
     after = records(tmp_path / "b")
     for name, record in records(tmp_path / "a").items():
         test_formats.equal(record, after[name])
+    assert torch.equal(logits(marlin.load(tmp_path / "b")), logits(model))
+
+
+def test_tensors_that_share_memory_are_saved_each_by_itself(tmp_path: pathlib.Path) -> None:
+    formats.folder(tmp_path / "a", "gptq")
+    model = marlin.load(tmp_path / "a")
+    model.model.layers[1].input_layernorm.weight = model.model.layers[0].input_layernorm.weight
+    checkpoint.save(model, None, tmp_path / "b")
     assert torch.equal(logits(marlin.load(tmp_path / "b")), logits(model))
 
 

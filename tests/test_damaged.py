@@ -256,6 +256,8 @@ def test_a_model_config_cannot_name_code_to_run(
             attn_implementation="somebody/kernels",
             _attn_implementation="somebody/kernels",
             trust_remote_code=True,
+            rope_scaling=None,
+            sub_config={"attn_implementation": "somebody/kernels"},
         ),
     )
     marlin.load(folder)

@@ -23,9 +23,9 @@ from torch import nn
 
 from ..layer import Layer
 from . import awq, compressed_tensors, gptq, marlin
-from .config import CONFIG, Fields, Scheme, Spec, read
+from .config import CONFIG, Fields, Scheme, Spec, read, read_model_config
 from .errors import CheckpointError, first_line
-from .files import Shards, open_folder
+from .files import NAMES, Shards, open_folder
 from .record import FLOATS, Linear, Record, check_entries, check_entry, where
 
 CODECS: dict[str, ModuleType] = {
@@ -205,8 +205,6 @@ def find(directory: str | os.PathLike[str], revision: str | None = None) -> path
 def _guess(folder: pathlib.Path, shards: Shards) -> tuple[dict[str, Any], Scheme]:
     """The scheme of a file of weights that comes without a config of its own: the first Marlin
     checkpoints, whose group size only their shapes tell."""
-    from .config import read_model_config
-
     config = read_model_config(folder)
     config.pop("quantization_config", None)
     sizes = set()
@@ -250,11 +248,8 @@ def _build(config: dict[str, Any], folder: pathlib.Path, dtype: torch.dtype) -> 
 
     kind = config["model_type"]
     auto: Any = transformers.AutoModelForCausalLM
-    # What could make transformers fetch and run something.
-    safe = {k: v for k, v in config.items() if not k.startswith("_") and k != "auto_map"}
-    safe.pop("attn_implementation", None)
     try:
-        parsed = transformers.AutoConfig.for_model(**safe)
+        parsed = transformers.AutoConfig.for_model(**_without_code(config))
         with torch.device("meta"):
             return auto.from_config(parsed, dtype=dtype, attn_implementation="sdpa")
     except Exception as error:  # what a wrong config raises depends on the version of transformers
@@ -264,12 +259,32 @@ def _build(config: dict[str, Any], folder: pathlib.Path, dtype: torch.dtype) -> 
         ) from error
 
 
+def _without_code(config: dict[str, Any]) -> dict[str, Any]:
+    """A config without what could make transformers fetch and run something."""
+    return {
+        key: _without_code(value) if isinstance(value, dict) else value
+        for key, value in config.items()
+        if not key.startswith("_") and key not in ("auto_map", "trust_remote_code")
+        if not key.endswith("_implementation")
+    }
+
+
+def _unexpected(model: Any, key: str) -> bool:
+    """Whether the model's class says that files may have this tensor, and that it is not read."""
+    patterns = getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()
+    return any(re.search(pattern, key) for pattern in patterns)
+
+
 def find_linears(model: nn.Module, shards: Shards, scheme: Scheme) -> dict[str, Linear]:
     """The compressed layers, whose headers are as they should be."""
     codec = CODECS[scheme.format]
     suffix = f".{codec.MARK}"
     modules = dict(model.named_modules())
-    marked = {key.removesuffix(suffix): key for key in shards if key.endswith(suffix)}
+    marked = {
+        key.removesuffix(suffix): key
+        for key in shards
+        if key.endswith(suffix) and not _unexpected(model, key)
+    }
     linears = {}
     for name, key in marked.items():
         linear = modules.get(name)
@@ -322,7 +337,8 @@ def check_rest(model: Any, shards: Shards, scheme: Scheme, linears: dict[str, Li
                 f"marlin.checkpoint.load: {where(shards)} has no tensor {key}, "
                 f"{list(tensor.shape)} F16"
             )
-        check_entry(key, shards[key], tuple(tensor.shape), FLOATS)
+        types = FLOATS if tensor.is_floating_point() else (NAMES[tensor.dtype],)
+        check_entry(key, shards[key], tuple(tensor.shape), types)
         dense.append(key)
     wanted = set(dense)
     for name, linear in linears.items():
@@ -332,7 +348,8 @@ def check_rest(model: Any, shards: Shards, scheme: Scheme, linears: dict[str, Li
         r"(^|\.)(workspace|rotary_emb\.inv_freq|masked_bias)$|^lm_head\.weight$"
     )
     for key in sorted(set(shards) - wanted):
-        if not ignored.search(key) or (key == "lm_head.weight" and "lm_head" in linears):
+        known = ignored.search(key) or _unexpected(model, key)
+        if not known or (key == "lm_head.weight" and "lm_head" in linears):
             raise CheckpointError(
                 f"marlin.checkpoint.load: {shards[key].file} has a tensor {key} that the model of "
                 f"{CONFIG} has no place for"
@@ -356,7 +373,8 @@ def _fill(checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype) -> N
     for key in checkpoint.dense:
         parent, _, child = key.rpartition(".")
         module = model.get_submodule(parent)
-        value = checkpoint.shards.read(key, device).to(dtype)
+        value = checkpoint.shards.read(key, device)
+        value = value.to(dtype) if value.is_floating_point() else value
         if child in module._parameters:
             module._parameters[child] = nn.Parameter(value, requires_grad=False)
         else:

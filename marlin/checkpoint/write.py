@@ -410,6 +410,7 @@ def _write_shards(
     held: dict[str, Tensor] = {}
     held_bytes = total_bytes = 0
     shards: list[list[str]] = []
+    storages: set[int] = set()
 
     def flush() -> None:
         nonlocal held, held_bytes
@@ -418,12 +419,16 @@ def _write_shards(
         safetensors.torch.save_file(held, str(folder / f"part-{len(shards)}"), metadata=metadata)
         shards.append(list(held))
         held, held_bytes = {}, 0
+        storages.clear()
 
     for key, value in tensors:
         tensor = value.detach().cpu().contiguous()
         num_bytes = tensor.numel() * tensor.itemsize
         if held and held_bytes + num_bytes > shard_bytes:
             flush()
+        if tensor.untyped_storage().data_ptr() in storages:
+            tensor = tensor.clone()  # safetensors refuses tensors that share memory
+        storages.add(tensor.untyped_storage().data_ptr())
         held[key] = tensor
         held_bytes += num_bytes
         total_bytes += num_bytes
