@@ -249,6 +249,14 @@ def test_mistakes_are_explained(
     assert not (tmp_path / "new").exists()
 
 
+def test_a_package_that_is_missing_is_named(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    error = run(capsys, "info", test_formats.FIXTURES / "gptq", status=1)
+    assert "this needs the package transformers" in error and error.count("\n") == 1
+
+
 # --------------------------------------------------------------------------------------------------
 # check and bench
 # --------------------------------------------------------------------------------------------------

@@ -352,6 +352,24 @@ def test_code_beside_a_checkpoint_is_not_copied(tmp_path: pathlib.Path) -> None:
     assert not names & {"modeling_llama.py", "recipe.yaml"}
 
 
+def test_links_are_followed_as_a_cache_of_the_hub_has_them_and_no_further(
+    tmp_path: pathlib.Path,
+) -> None:
+    """hub/blobs/..., and hub/snapshots/NAME/... with links to them."""
+    snapshot, blobs = tmp_path / "hub" / "snapshots" / "1a2b", tmp_path / "hub" / "blobs"
+    formats.folder(snapshot, "gptq")
+    blobs.mkdir()
+    for path in list(snapshot.iterdir()):
+        path.rename(blobs / f"blob-{path.name}")
+        path.symlink_to(f"../../blobs/blob-{path.name}")
+    (tmp_path / "secret").write_text("private")
+    (snapshot / "merges.txt").symlink_to(tmp_path / "secret")
+    checkpoint.convert(snapshot, tmp_path / "new", "gptq")
+    names = {path.name for path in (tmp_path / "new").iterdir()}
+    assert "tokenizer.json" in names and "merges.txt" not in names
+    assert not any(path.is_symlink() for path in (tmp_path / "new").iterdir())
+
+
 def test_a_failure_on_the_way_leaves_the_old_folder(
     tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -19,6 +19,7 @@ import collections
 import copy
 import errno
 import json
+import logging
 import os
 import pathlib
 import re
@@ -38,6 +39,8 @@ from .errors import CheckpointError
 from .files import CHECKSUMS, INDEX, WEIGHTS
 from .model import Checkpoint, open_checkpoint
 from .record import Record
+
+log = logging.getLogger("marlin")
 
 WRITTEN = ("marlin", "gptq", "compressed-tensors")
 SHARD_BYTES = 2 << 30  # of tensors in a file, all of which are in memory until it is written
@@ -264,9 +267,17 @@ def _dense_tensors(
 
 
 def _copy_extras(read: Checkpoint, folder: pathlib.Path) -> None:
+    """Copies tokenizer files and the like. A link is followed within the folder and into the store
+    beside it that a cache of the hub has, so that nobody's repository can name a private file."""
+    home = read.folder.resolve()
     for path in sorted(read.folder.iterdir()):
-        if path.is_file() and COPIED.fullmatch(path.name):
-            shutil.copyfile(path, folder / path.name)
+        if not COPIED.fullmatch(path.name) or not path.is_file():
+            continue
+        real = path.resolve()
+        if real.is_relative_to(home) or real.parent == home.parent.parent / "blobs":
+            shutil.copyfile(real, folder / path.name)
+        else:
+            log.warning("marlin: %s is not copied: it is a link to another place", path)
 
 
 # --------------------------------------------------------------------------------------------------

@@ -69,6 +69,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     except EXPLAINED as error:
         click.echo(str(error), err=True)
         return 1
+    except ModuleNotFoundError as error:
+        if error.name not in ("transformers", "safetensors", "huggingface_hub"):
+            raise
+        click.echo(
+            f"marlin: this needs the package {error.name} (pip install transformers safetensors)",
+            err=True,
+        )
+        return 1
     except BrokenPipeError:  # whoever read the output has seen enough
         sys.stderr.close()
         return 1
