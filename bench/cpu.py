@@ -1,10 +1,13 @@
 """Speed of `marlin.linear` on a CPU against what torch has there: `bench/results/cpu/<cpu>.json`.
 
-Three contenders, one process, the same threads, called in turn so that a busy machine hurts all
-alike. Each is called twice and timed the second time: what fits into the last-level cache is there.
-A figure is the median; `min` is the least, which on a busy machine says more.
+Three contenders and what options cost, one process, the same threads, called in turn so that a
+busy machine hurts all alike. Each is called twice and timed the second time: what fits into the
+last-level cache is there. A figure is the median; `min` is the least, which on a busy machine says
+more.
 
 * `float16`, `bfloat16`, `float32`: `marlin.linear` with activations of that dtype.
+* `zeros`, `act_order`: `float16` with zero points, with permuted columns; `all`: bfloat16 with
+  both, bfloat16 scales and a bias.
 * `int4`: torch's own 4-bit product, `_weight_int4pack_mm_for_cpu`, in bfloat16, its fast dtype.
 * `linear`: `nn.Linear` in float32, the fastest dense product of most CPUs.
 
@@ -46,6 +49,7 @@ MIN_CALLS = 7
 MAX_CALLS = 300
 # Norm-wise, of the timed call: output rounding is 2.8e-4 in float16 and 2.3e-3 in bfloat16.
 TOLERANCE = {"float16": 5e-4, "bfloat16": 4e-3, "float32": 2e-6}
+OPTIONS = ("zeros", "act_order", "all")
 
 
 def cpu_model() -> str:
@@ -102,6 +106,9 @@ def measure(K: int, N: int, group: int, tokens: list[int], seconds: float) -> li
     q = torch.randint(0, 16, (K, N), dtype=torch.uint8)
     scales = ((torch.rand(K // group, N) + 0.5) * 0.01).half()
     B, s = layout.pack_weights(q), layout.permute_scales(scales)
+    z = torch.randint(0, 16, s.shape).half()
+    perm = torch.randperm(K).int()
+    s_bf16, z_bf16, bias = s.bfloat16(), z.bfloat16(), torch.randn(N).bfloat16()
     W = (q.float() - 8) * scales.float().repeat_interleave(group, dim=0)
     dense = torch.nn.Linear(K, N, bias=False)
     dense.weight.data.copy_(W.t())
@@ -123,6 +130,12 @@ def measure(K: int, N: int, group: int, tokens: list[int], seconds: float) -> li
         }
         for name, a in by_dtype.items():
             calls[name] = lambda a=a: marlin.linear(a, B, s)  # type: ignore[misc]
+        x16 = by_dtype["float16"]
+        calls["zeros"] = lambda x=x16: marlin.linear(x, B, s, z=z)  # type: ignore[misc]
+        calls["act_order"] = lambda x=x16: marlin.linear(x, B, s, perm=perm)  # type: ignore[misc]
+        calls["all"] = lambda x=half: marlin.linear(  # type: ignore[misc]
+            x, B, s_bf16, bias, z=z_bf16, perm=perm
+        )
         times = time_in_turn(calls, seconds)
         row: dict[str, Any] = {
             "K": K,
@@ -142,6 +155,22 @@ def measure(K: int, N: int, group: int, tokens: list[int], seconds: float) -> li
                 raise RuntimeError(
                     f"bench: the product at M={M} in {name} is wrong: its error is {err:.1e}"
                 )
+        some = x16[:16]
+        W_zeros = W + (8 - layout.unpermute_scales(z).float()).repeat_interleave(
+            group, dim=0
+        ) * scales.float().repeat_interleave(group, dim=0)
+        for name, y, expected in (
+            ("zeros", marlin.linear(some, B, s, z=z), some.double() @ W_zeros.double()),
+            (
+                "act_order",
+                marlin.linear(some, B, s, perm=perm),
+                some[:, perm].double() @ W.double(),
+            ),
+        ):
+            err = ((y.double() - expected).norm() / expected.norm()).item()
+            row["err"][name] = float(f"{err:.2e}")
+            if not err < TOLERANCE["float16"]:
+                raise RuntimeError(f"bench: {name} at M={M} is wrong: its error is {err:.1e}")
         rows.append(row)
         print(format_row(row), flush=True)
     return rows
@@ -150,15 +179,20 @@ def measure(K: int, N: int, group: int, tokens: list[int], seconds: float) -> li
 HEADER = f"{'K':>6}{'N':>6}{'M':>6}{'linear':>10}{'int4':>10}" + "".join(
     f"{name:>10}{'x best':>8}{'x min':>7}" for name in DTYPES
 )
+HEADER += "".join(f"{name:>10}" for name in OPTIONS)  # times of the plain product, by minima
 
 
 def format_row(row: dict[str, Any]) -> str:
-    """Return a line of the table: milliseconds, how many times faster than the better other."""
+    """Return a line of the table: milliseconds, how many times faster than the better other, what
+    options cost."""
     text = f"{row['K']:>6}{row['N']:>6}{row['M']:>6}{row['linear']:>10.2f}{row['int4']:>10.2f}"
     for name in DTYPES:
         best = min(row["linear"], row["int4"]) / row[name]
         best_min = min(row["min"]["linear"], row["min"]["int4"]) / row["min"][name]
         text += f"{row[name]:>10.2f}{best:>8.2f}{best_min:>7.2f}"
+    for name in OPTIONS:
+        plain = row["min"]["bfloat16" if name == "all" else "float16"]
+        text += f"{row['min'][name] / plain:>10.2f}"
     return text
 
 

@@ -88,12 +88,14 @@ void check_aligned(const char* op, const char* name, const Tensor& t) {
                     " bytes after a multiple of 16 but should be 16-byte aligned on a GPU");
 }
 
-// B (K / 16, 2 N) int32 and s (K / group, N) fp16, both contiguous and on the device of x: fills their part of the problem.
+// B (K / 16, 2 N) int32 and s (K / group, N) fp16 or, on a CPU, bf16, both contiguous and on the device of x: fills their
+// part of the problem.
 void set_weights(const char* op, const char* x_name, const Tensor& x, const Tensor& B, const Tensor& s, Problem& p) {
   check_device(op, "B", B, x_name, x);
   check_device(op, "s", s, x_name, x);
   check_dtype(op, "B", B, ScalarType::Int, "int32");
-  check_dtype(op, "s", s, ScalarType::Half, "float16");
+  const bool bf16 = s.scalar_type() == ScalarType::BFloat16 && s.is_cpu();
+  if (!bf16) check_dtype(op, "s", s, ScalarType::Half, s.is_cpu() ? "float16 or bfloat16" : "float16 on a GPU");
   TORCH_CHECK_VALUE(B.dim() == 2, op, ": B has shape ", shape_text(B.sizes()), " but should be (K / 16, 2 N)");
   TORCH_CHECK_VALUE(s.dim() == 2, op, ": s has shape ", shape_text(s.sizes()), " but should be (K / group, N)");
   TORCH_CHECK_VALUE(B.size(0) > 0 && B.size(1) > 0 && B.size(1) % (2 * TILE_N) == 0, op, ": B has shape ",
@@ -109,6 +111,30 @@ void set_weights(const char* op, const char* x_name, const Tensor& x, const Tens
   check_contiguous(op, "s", s);
   p.B = B.const_data_ptr();
   p.s = s.const_data_ptr();
+  p.scale_dtype = bf16 ? DType::bf16 : DType::f16;
+}
+
+// Zero points z as s is, or none; perm (K) int32, or none. After set_weights.
+void set_extensions(const char* op, const Tensor& s, const std::optional<Tensor>& z, const std::optional<Tensor>& perm,
+                    Problem& p) {
+  if (z.has_value()) {
+    TORCH_CHECK_VALUE(s.is_cpu(), op, ": z is given but should not be on a GPU, whose kernels take no zero points yet");
+    check_device(op, "z", *z, "s", s);
+    check_dtype(op, "z", *z, s.scalar_type(), ("of the dtype of s, " + dtype_name(s)).c_str());
+    TORCH_CHECK_VALUE(z->sizes() == s.sizes(), op, ": z has shape ", shape_text(z->sizes()),
+                      " but should be that of s, ", shape_text(s.sizes()));
+    check_contiguous(op, "z", *z);
+    p.z = z->const_data_ptr();
+  }
+  if (perm.has_value()) {
+    TORCH_CHECK_VALUE(s.is_cpu(), op, ": perm is given but should not be on a GPU, whose kernels take no order yet");
+    check_device(op, "perm", *perm, "s", s);
+    check_dtype(op, "perm", *perm, ScalarType::Int, "int32");
+    TORCH_CHECK_VALUE(perm->dim() == 1 && perm->size(0) == p.K, op, ": perm has shape ", shape_text(perm->sizes()),
+                      " but should be ", shape_text({p.K}));
+    check_contiguous(op, "perm", *perm);
+    p.perm = static_cast<const int32_t*>(perm->const_data_ptr());
+  }
 }
 
 DType check_float(const char* op, const char* name, const Tensor& t) {
@@ -474,14 +500,17 @@ void mul(const Tensor& A, const Tensor& B, const Tensor& C, const Tensor& s, con
 }
 
 // x (..., in_features) -> (..., out_features) of x's dtype; bias (out_features) of that dtype or none. in_features and
-// out_features default to the K and N of B; smaller ones tell that the weight was padded when it was packed.
+// out_features default to the K and N of B; smaller ones tell that the weight was padded when it was packed. z: zero
+// points, as s; perm (K): the column of x that each row of the weight multiplies.
 Tensor linear(const Tensor& x, const Tensor& B, const Tensor& s, const std::optional<Tensor>& bias,
-              std::optional<int64_t> in_features, std::optional<int64_t> out_features) {
+              std::optional<int64_t> in_features, std::optional<int64_t> out_features, const std::optional<Tensor>& z,
+              const std::optional<Tensor>& perm) {
   constexpr const char* op = "marlin.linear";
   Problem p{};
   p.dtype = check_float(op, "x", x);
   TORCH_CHECK_VALUE(x.dim() >= 1, op, ": x has no dimensions but should have (..., in_features)");
   set_weights(op, "x", x, B, s, p);
+  set_extensions(op, s, z, perm, p);
   const int64_t K_A = in_features.value_or(p.K);
   p.N_C = out_features.value_or(p.N);
   TORCH_CHECK_VALUE(K_A >= 1 && K_A <= p.K, op, ": in_features is ", K_A, " but should be 1 to K=", p.K, " of B");
@@ -549,9 +578,10 @@ void mul_autograd(const Tensor& A, const Tensor& B, const Tensor& C, const Tenso
 struct LinearWithoutDerivative : torch::autograd::Function<LinearWithoutDerivative> {
   static Tensor forward(torch::autograd::AutogradContext*, const Tensor& x, const Tensor& B, const Tensor& s,
                         const std::optional<Tensor>& bias, std::optional<int64_t> in_features,
-                        std::optional<int64_t> out_features) {
+                        std::optional<int64_t> out_features, const std::optional<Tensor>& z,
+                        const std::optional<Tensor>& perm) {
     const at::AutoDispatchBelowADInplaceOrView guard;
-    return linear_op().call(x, B, s, bias, in_features, out_features);
+    return linear_op().call(x, B, s, bias, in_features, out_features, z, perm);
   }
   static torch::autograd::tensor_list backward(torch::autograd::AutogradContext*, const torch::autograd::tensor_list&) {
     TORCH_CHECK_NOT_IMPLEMENTED(false, "marlin.linear: has no derivative, for it is made for inference; detach x or ",
@@ -560,13 +590,14 @@ struct LinearWithoutDerivative : torch::autograd::Function<LinearWithoutDerivati
 };
 
 Tensor linear_autograd(const Tensor& x, const Tensor& B, const Tensor& s, const std::optional<Tensor>& bias,
-                       std::optional<int64_t> in_features, std::optional<int64_t> out_features) {
-  if (at::GradMode::is_enabled() &&
-      (x.requires_grad() || s.requires_grad() || (bias.has_value() && bias->requires_grad()))) {
-    return LinearWithoutDerivative::apply(x, B, s, bias, in_features, out_features);
+                       std::optional<int64_t> in_features, std::optional<int64_t> out_features,
+                       const std::optional<Tensor>& z, const std::optional<Tensor>& perm) {
+  const auto has_grad = [](const std::optional<Tensor>& t) { return t.has_value() && t->requires_grad(); };
+  if (at::GradMode::is_enabled() && (x.requires_grad() || s.requires_grad() || has_grad(bias) || has_grad(z))) {
+    return LinearWithoutDerivative::apply(x, B, s, bias, in_features, out_features, z, perm);
   }
   const at::AutoDispatchBelowADInplaceOrView guard;
-  return linear_op().call(x, B, s, bias, in_features, out_features);
+  return linear_op().call(x, B, s, bias, in_features, out_features, z, perm);
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -631,8 +662,8 @@ TORCH_LIBRARY(marlin, m) {
       "int max_par=16) -> ()",
       {at::Tag::pt2_compliant_tag});
   m.def(
-      "linear(Tensor x, Tensor B, Tensor s, Tensor? bias=None, int? in_features=None, int? out_features=None) -> "
-      "Tensor",
+      "linear(Tensor x, Tensor B, Tensor s, Tensor? bias=None, int? in_features=None, int? out_features=None, "
+      "Tensor? z=None, Tensor? perm=None) -> Tensor",
       {at::Tag::pt2_compliant_tag});
 }
 
@@ -670,8 +701,10 @@ PYBIND11_MODULE(_C, m) {
   m.def(
       "linear",
       [](const Tensor& x, const Tensor& B, const Tensor& s, const std::optional<Tensor>& bias,
-         std::optional<int64_t> in_features,
-         std::optional<int64_t> out_features) { return linear_op().call(x, B, s, bias, in_features, out_features); },
+         std::optional<int64_t> in_features, std::optional<int64_t> out_features, const std::optional<Tensor>& z,
+         const std::optional<Tensor>& perm) {
+        return linear_op().call(x, B, s, bias, in_features, out_features, z, perm);
+      },
       py::call_guard<py::gil_scoped_release>());
   m.def("layout_tables", &layout_tables, py::arg("K"), py::arg("N"));
   const auto def_choose = [&m](const char* name, auto function) {

@@ -3,9 +3,22 @@
 // Depends on nothing; host and device code include it. Its Python twin is marlin/layout.py; a test compares the two over
 // every element. The format is the published Marlin one, byte for byte.
 //
-//   q   (K, N)  unsigned 4-bit values 0..15; the weight is (q - 8) * s
-//   B   (K / 16, 2 N) int32, the values packed
-//   s   (K / group, N) fp16, the columns of each row permuted; one group: "channelwise", another permutation
+//   q     (K, N)  unsigned 4-bit values 0..15; the weight is (q - 8) * s, or (q - z) * s
+//   B     (K / 16, 2 N) int32, the values packed
+//   s     (K / group, N) fp16, the columns of each row permuted; one group: "channelwise", another permutation
+//
+// Extensions, absent from the published format:
+//
+//   s     may be bf16
+//   z     (K / group, N) zero points, beside s: same shape, dtype and permutation, so that whoever loads the scales of its
+//         features for a group (16 bytes for a lane) loads their zero points with the same index. Any finite value; the
+//         integers 0..15 are exact. The weight is (q - z) * s, the difference before the product.
+//   perm  (K) int32, act-order: the rows of the weight are sorted by group, row k multiplies column perm[k] of A. A
+//         permutation of 0 .. K-1; entries that are no column of A (it has K_A <= K) are padding and count as zeros.
+//         Drawn with groups of 4, K_A = 6:
+//
+//             column of A          0  1  2  3  4  5             row of B    0  1  2  3 | 4  5  6  7
+//             its group (g_idx)    1  0  1  0  0  0             perm        1  3  4  5 | 0  2  6  7
 //
 // One row of B is one k16 row of the weight. In it, every 64 features are one chunk of 128 words (512 bytes), in which
 // lane l of a warp owns the four words 4l .. 4l+3, i.e. one 16-byte load:

@@ -20,7 +20,7 @@ enum class DType : int { f16 = 0, bf16 = 1, f32 = 2 };
 struct Problem {
   const void* A;     // (M, K_A) dtype, rows lda elements apart, elements of a row adjacent
   const void* B;     // (K / 16, 2 N) int32, packed as in layout.h
-  const void* s;     // (K / group, N) fp16, permuted as in layout.h
+  const void* s;     // (K / group, N) scale_dtype, permuted as in layout.h
   const void* bias;  // (N_C) dtype, or null
   void* C;           // (M, N_C) dtype, contiguous
   int64_t M;         // tokens, any number
@@ -31,6 +31,11 @@ struct Problem {
   int64_t lda;       // in elements
   int64_t group;     // rows of the weight that share a scale; K for channelwise
   DType dtype;       // of A, C and bias
+  // What not every backend takes; the defaults are the published format.
+  DType scale_dtype = DType::f16;  // of s and z
+  const void* z = nullptr;         // (K / group, N) scale_dtype, permuted as s; null: all are ZERO_POINT
+  const int32_t* perm = nullptr;   // (K): row k of the weight multiplies column perm[k] of A, zeros if that is no
+                                   // column below K_A; null: column k
 };
 
 enum class Status : int {

@@ -7,7 +7,7 @@
 //
 //   for each run of features whose sums stay in cache         run_slice
 //     for each block of kBlockK rows of the weight
-//       bring the block of A to FP32                          load_row
+//       bring the block of A to FP32, its columns in order    load_A (once before, if there are several slices)
 //       for each panel of features
 //         unpack the block of the panel to FP32, scaled       unpack
 //         for each tile of tokens: sums += A block x panel    multiply
@@ -16,8 +16,10 @@
 #include "marlin.h"
 
 #include <algorithm>
+#include <cmath>
 #include <cstring>
 #include <memory>
+#include <utility>
 
 #if (defined(__GNUC__) || defined(__clang__)) && defined(__x86_64__)
 #define MARLIN_X86 1
@@ -43,19 +45,24 @@ namespace {
 // Constants
 // ---------------------------------------------------------------------------------------------------------------------
 
-constexpr int kBlockK = 128;      // rows of the weight between two visits to the sums, and the row stride of A in FP32
-constexpr int kMaxTokens = 256;   // of a task: a panel is unpacked once for that many
-constexpr int kMinTokens = 32;    // of a task, where tokens are cut finer because features are few
-constexpr int kEnoughTasks = 64;  // tokens are cut finer until there are so many
-constexpr int kSumsFloats = 131072;  // FP32 sums of a slice: 512 KB, half of a usual L2
+constexpr int kBlockK = 128;  // rows of the weight between two visits to the sums, and the row stride of A in FP32
+constexpr int kMaxRuns = kBlockK / TILE_K;  // of rows of one group in a block
+constexpr int kMaxTile = 14;                // tokens whose sums fit into registers, of any instruction set
+constexpr int kMaxTokens = 256;             // of a task: a panel is unpacked once for that many
+constexpr int kMinTokens = 32;              // of a task, where tokens are cut finer because features are few
+constexpr int kEnoughTasks = 64;            // tokens are cut finer until there are so many
+constexpr int kSumsFloats = 131072;         // FP32 sums of a slice: 512 KB, half of a usual L2
+constexpr int kHeldFloats = 1 << 22;        // of A, converted once for several slices: 16 MB
 
 // One block of rows of one panel of features. Both B and s keep the features of a panel adjacent.
 struct Panel {
   const int32_t* B;       // (num_k16 rows b_stride apart, 2 words a feature)
   const int32_t* B_next;  // the same of the panel that comes next, to be fetched meanwhile
   int64_t b_stride;       // in int32
-  const uint16_t* s;      // fp16 in grouped order, of the group of the first row; the next group is s_stride on
-  int64_t s_stride;       // in fp16
+  const uint16_t* s;      // s_dtype in grouped order, of the group of the first row; the next group is s_stride on
+  const uint16_t* z;      // the same of the zero points, or null
+  int64_t s_stride;       // in elements
+  DType s_dtype;          // f16 or bf16
   int num_k16;            // k16 rows in the block
   int group_k16_left;     // k16 rows until the group of the first row ends
   int group_k16;          // k16 rows in a group
@@ -69,12 +76,15 @@ struct Kernels {
   void (*load_row)(const void* src, DType dtype, int64_t count, float* dst);
   void (*store_row)(const float* src, DType dtype, int64_t count, void* dst);
   // W (16 num_k16, features) = the weights of the panel; features in the order of unpacked_feature
-  void (*unpack)(const Panel& panel, float* W);
+  void (*unpack[2])(const Panel& panel, float* W);  // (has zero points)
   // sums (tokens, features) += A (tokens, num_k of kBlockK) W (num_k, features). The block is summed on its own before:
   // a chain of 128 sums and one of K / 128 lose less than one of K (at K = 4096 a third of the error).
-  void (*multiply)(const float* A, const float* W, int tokens, int num_k, float* sums);
+  void (*multiply[kMaxTile])(const float* A, const float* W, int num_k, float* sums);  // (tokens - 1)
   // Both in one for few tokens: the weights live in registers only, a group's sums are scaled instead of its weights.
-  void (*direct)(const Panel& panel, const float* A, int tokens, float* sums);
+  // With zero points, sum a (q - z) = sum a (q - 8) + (8 - z) sum a: A_sums (tokens, kMaxRuns) has the sums of A over each
+  // run of rows of one group in the block. A subtraction for each weight instead takes 1.22 x the time at M = 1.
+  // (has zero points, tokens - 1)
+  void (*direct[2][kMaxTile])(const Panel& panel, const float* A, const float* A_sums, float* sums);
 };
 
 // Panels hold features in the order in which words unpack: of 2V features, position V upper + 4 (g - g_begin) + j is
@@ -130,6 +140,8 @@ uint16_t to_bfloat(float x) {
   return static_cast<uint16_t>((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
 }
 
+float from_16_bits(uint16_t h, DType dtype) { return dtype == DType::f16 ? from_half(h) : from_bfloat(h); }
+
 void load_row_portable(const void* src, DType dtype, int64_t count, float* dst) {
   const auto* halves = static_cast<const uint16_t*>(src);
   if (dtype == DType::f32) std::memcpy(dst, src, count * sizeof(float));
@@ -146,13 +158,17 @@ void store_row_portable(const float* src, DType dtype, int64_t count, void* dst)
 
 void unpack_portable(const Panel& panel, float* W) {
   constexpr int kLanes = TILE_N / 2;
-  const uint16_t* s = panel.s;
+  int64_t s_idx = 0;
   int left = panel.group_k16_left;
   for (int k16 = 0; k16 < panel.num_k16; ++k16, --left) {
-    if (left == 0) s += panel.s_stride, left = panel.group_k16;
-    float scale[2][kLanes];  // (upper, v)
+    if (left == 0) s_idx += panel.s_stride, left = panel.group_k16;
+    float scale[2][kLanes], zero[2][kLanes];  // (upper, v)
     for (int v = 0; v < kLanes; ++v) {
-      for (int upper = 0; upper < 2; ++upper) scale[upper][v] = from_half(s[2 * v + upper]);
+      for (int upper = 0; upper < 2; ++upper) {
+        const int64_t idx = s_idx + 2 * v + upper;
+        scale[upper][v] = from_16_bits(panel.s[idx], panel.s_dtype);
+        zero[upper][v] = panel.z ? from_16_bits(panel.z[idx], panel.s_dtype) : ZERO_POINT;
+      }
     }
     const int32_t* words = panel.B + k16 * panel.b_stride;
     for (int t = 0; t < 4; ++t) {
@@ -161,15 +177,16 @@ void unpack_portable(const Panel& panel, float* W) {
         float* w = W + k * TILE_N + upper * kLanes;
         for (int v = 0; v < kLanes; ++v) {
           const int q = words[16 * (v / 4) + 4 * t + v % 4] >> 4 * i & 15;
-          w[v] = static_cast<float>(q - ZERO_POINT) * scale[upper][v];
+          w[v] = (static_cast<float>(q) - zero[upper][v]) * scale[upper][v];
         }
       }
     }
   }
 }
 
-void multiply_portable(const float* A, const float* W, int tokens, int num_k, float* sums) {
-  for (int m = 0; m < tokens; ++m) {
+template <int kTokens>
+void multiply_portable(const float* A, const float* W, int num_k, float* sums) {
+  for (int m = 0; m < kTokens; ++m) {
     float acc[TILE_N] = {};
     for (int k = 0; k < num_k; ++k) {
       const float a = A[m * kBlockK + k];
@@ -179,8 +196,19 @@ void multiply_portable(const float* A, const float* W, int tokens, int num_k, fl
   }
 }
 
-constexpr Kernels kPortable = {TILE_N, 8, 0, load_row_portable, store_row_portable, unpack_portable, multiply_portable,
-                               nullptr};
+template <size_t... m>
+constexpr Kernels kernels_portable(std::index_sequence<m...>) {
+  return {TILE_N,
+          sizeof...(m),
+          0,
+          load_row_portable,
+          store_row_portable,
+          {unpack_portable, unpack_portable},
+          {multiply_portable<m + 1>...},
+          {}};
+}
+
+constexpr Kernels kPortable = kernels_portable(std::make_index_sequence<8>());
 
 // ---------------------------------------------------------------------------------------------------------------------
 // AVX2, FMA, F16C
@@ -239,10 +267,10 @@ MARLIN_AVX2_INLINE __m256i words_avx2(const int32_t* words, int t) {
   return _mm256_inserti128_si256(_mm256_castsi128_si256(_mm_loadu_si128(quads + t)), _mm_loadu_si128(quads + 4 + t), 1);
 }
 
-// Nibble i of each word, as FP32 q - 8. In place: under the exponent of 2^(23 - 4i) bits 4i .. 4i+3 of the mantissa
-// count ones, so that `magic | nibble` is 2^(23 - 4i) + q. Two logical operations and a subtraction run on three ports,
-// where a shift and a conversion would crowd two. The mantissa has 23 bits: nibbles 5..7 come from the word shifted by
-// 12.
+// Nibble i of each word, as FP32 q - 8. In place: under the exponent of 2^(23 - 4i) bits 4i ..
+// 4i+3 of the mantissa count ones, so that `magic | nibble` is 2^(23 - 4i) + q. Two logical operations and a subtraction
+// run on three ports, where a shift and a conversion would crowd two. The mantissa has 23 bits: nibbles 5..7 come from the
+// word shifted by 12.
 MARLIN_AVX2_INLINE __m256 nibble_avx2(__m256i w, __m256i w12, int i) {
   const int place = i < 5 ? i : i - 3;
   const __m256i mask = _mm256_set1_epi32(15 << 4 * place);
@@ -252,25 +280,40 @@ MARLIN_AVX2_INLINE __m256 nibble_avx2(__m256i w, __m256i w12, int i) {
   return _mm256_sub_ps(_mm256_castsi256_ps(q), offset);
 }
 
-MARLIN_AVX2_INLINE void scales_avx2(const uint16_t* s, __m256 scale[2]) {
-  const __m256i pairs = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(s));  // upper is the upper half
+// Scales or zero points of 16 features, by upper: it is the upper half of each pair.
+MARLIN_AVX2_INLINE void scales_avx2(const uint16_t* s, DType dtype, __m256 scale[2]) {
+  const __m256i pairs = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(s));
+  const __m256i bf_upper = _mm256_and_si256(pairs, _mm256_set1_epi32(static_cast<int>(0xffff0000)));
+  if (dtype == DType::bf16) {
+    scale[0] = _mm256_castsi256_ps(_mm256_slli_epi32(pairs, 16)), scale[1] = _mm256_castsi256_ps(bf_upper);
+    return;
+  }
   const __m256i mixed =
       _mm256_packus_epi32(_mm256_and_si256(pairs, _mm256_set1_epi32(0xffff)), _mm256_srli_epi32(pairs, 16));
-  const __m256i halves =
-      _mm256_permute4x64_epi64(mixed, 0xd8);  // packus works in 128-bit lanes: swap the middle quarters
+  // packus works in 128-bit lanes: swap the middle quarters
+  const __m256i halves = _mm256_permute4x64_epi64(mixed, 0xd8);
   scale[0] = _mm256_cvtph_ps(_mm256_castsi256_si128(halves));
   scale[1] = _mm256_cvtph_ps(_mm256_extracti128_si256(halves, 1));
 }
 
+// z - 8, what is to be taken off the nibbles.
+MARLIN_AVX2_INLINE void zeros_avx2(const uint16_t* z, DType dtype, __m256 zero[2]) {
+  scales_avx2(z, dtype, zero);
+  for (int upper = 0; upper < 2; ++upper) zero[upper] = _mm256_sub_ps(zero[upper], _mm256_set1_ps(ZERO_POINT));
+}
+
+template <bool kZeros>
 MARLIN_AVX2 void unpack_avx2(const Panel& panel, float* W) {
-  const uint16_t* s = panel.s;
+  int64_t s_idx = 0;
   int left = panel.group_k16_left;
-  __m256 scale[2];  // (upper)
-  scales_avx2(s, scale);
+  __m256 scale[2], zero[2];  // (upper)
+  scales_avx2(panel.s, panel.s_dtype, scale);
+  if (kZeros) zeros_avx2(panel.z, panel.s_dtype, zero);
   for (int k16 = 0; k16 < panel.num_k16; ++k16, --left) {
     if (left == 0) {
-      s += panel.s_stride, left = panel.group_k16;
-      scales_avx2(s, scale);
+      s_idx += panel.s_stride, left = panel.group_k16;
+      scales_avx2(panel.s + s_idx, panel.s_dtype, scale);
+      if (kZeros) zeros_avx2(panel.z + s_idx, panel.s_dtype, zero);
     }
     const int32_t* words = panel.B + k16 * panel.b_stride;
     fetch_avx2(panel.B_next + k16 * panel.b_stride);
@@ -279,14 +322,16 @@ MARLIN_AVX2 void unpack_avx2(const Panel& panel, float* W) {
 #pragma GCC unroll 8
       for (int i = 0; i < 8; ++i) {  // nibbles: bit 0 is far, bit 1 upper, bit 2 odd
         const int k = TILE_K * k16 + 2 * t + 8 * (i & 1) + (i >> 2), upper = i >> 1 & 1;
-        _mm256_storeu_ps(W + (2 * k + upper) * kLanesAvx2, _mm256_mul_ps(nibble_avx2(w, w12, i), scale[upper]));
+        __m256 value = nibble_avx2(w, w12, i);
+        if (kZeros) value = _mm256_sub_ps(value, zero[upper]);
+        _mm256_storeu_ps(W + (2 * k + upper) * kLanesAvx2, _mm256_mul_ps(value, scale[upper]));
       }
     }
   }
 }
 
 template <int kTokens>
-MARLIN_AVX2 void multiply_tile_avx2(const float* A, const float* W, int num_k, float* sums) {
+MARLIN_AVX2 void multiply_avx2(const float* A, const float* W, int num_k, float* sums) {
   __m256 acc[kTokens][2];  // (tokens, upper)
   for (auto& token : acc) token[0] = token[1] = _mm256_setzero_ps();
   for (int k = 0; k < num_k; ++k) {
@@ -307,23 +352,12 @@ MARLIN_AVX2 void multiply_tile_avx2(const float* A, const float* W, int num_k, f
   }
 }
 
-void multiply_avx2(const float* A, const float* W, int tokens, int num_k, float* sums) {
-  switch (tokens) {
-    case 1: return multiply_tile_avx2<1>(A, W, num_k, sums);
-    case 2: return multiply_tile_avx2<2>(A, W, num_k, sums);
-    case 3: return multiply_tile_avx2<3>(A, W, num_k, sums);
-    case 4: return multiply_tile_avx2<4>(A, W, num_k, sums);
-    case 5: return multiply_tile_avx2<5>(A, W, num_k, sums);
-    case 6: return multiply_tile_avx2<6>(A, W, num_k, sums);
-  }
-}
-
-template <int kTokens>
-MARLIN_AVX2 void direct_tile_avx2(const Panel& panel, const float* A, float* sums) {
+template <int kTokens, bool kZeros>
+MARLIN_AVX2 void direct_avx2(const Panel& panel, const float* A, const float* A_sums, float* sums) {
   constexpr int kChains = kTokens <= 2 ? 2 : 1;  // an FMA takes 4 cycles, two start in each
-  const uint16_t* s = panel.s;
+  int64_t s_idx = 0;
   int left = panel.group_k16_left;
-  for (int k16 = 0; k16 < panel.num_k16;) {
+  for (int k16 = 0, run = 0; k16 < panel.num_k16; ++run) {
     const int k16_end = std::min(panel.num_k16, k16 + left);
     __m256 acc[kTokens][2][kChains];  // (tokens, upper, chains)
     for (auto& token : acc) {
@@ -339,7 +373,8 @@ MARLIN_AVX2 void direct_tile_avx2(const Panel& panel, const float* A, float* sum
         for (int i = 0; i < 4; ++i) {  // k: bit 0 is far, bit 1 odd
           const float* a_k = A + TILE_K * k16 + 2 * t + 8 * (i & 1) + (i >> 1);
           const int lower = (i & 1) + 4 * (i >> 1), chain = i % kChains;
-          const __m256 w0 = nibble_avx2(w, w12, lower), w1 = nibble_avx2(w, w12, lower + 2);
+          const __m256 w0 = nibble_avx2(w, w12, lower);
+          const __m256 w1 = nibble_avx2(w, w12, lower + 2);
 #pragma GCC unroll 8
           for (int m = 0; m < kTokens; ++m) {
             const __m256 a = _mm256_broadcast_ss(a_k + m * kBlockK);
@@ -349,8 +384,9 @@ MARLIN_AVX2 void direct_tile_avx2(const Panel& panel, const float* A, float* sum
         }
       }
     }
-    __m256 scale[2];  // (upper)
-    scales_avx2(s, scale);
+    __m256 scale[2], zero[2];  // (upper)
+    scales_avx2(panel.s + s_idx, panel.s_dtype, scale);
+    if (kZeros) zeros_avx2(panel.z + s_idx, panel.s_dtype, zero);
 #pragma GCC unroll 8
     for (int m = 0; m < kTokens; ++m) {
 #pragma GCC unroll 2
@@ -358,26 +394,29 @@ MARLIN_AVX2 void direct_tile_avx2(const Panel& panel, const float* A, float* sum
         float* sum = sums + (2 * m + upper) * kLanesAvx2;
         __m256 acc_all = acc[m][upper][0];
         if (kChains == 2) acc_all = _mm256_add_ps(acc_all, acc[m][upper][kChains - 1]);
+        if (kZeros) acc_all = _mm256_fnmadd_ps(_mm256_set1_ps(A_sums[m * kMaxRuns + run]), zero[upper], acc_all);
         _mm256_storeu_ps(sum, _mm256_fmadd_ps(acc_all, scale[upper], _mm256_loadu_ps(sum)));
       }
     }
-    s += panel.s_stride, left = panel.group_k16;
+    s_idx += panel.s_stride, left = panel.group_k16;
   }
 }
 
-void direct_avx2(const Panel& panel, const float* A, int tokens, float* sums) {
-  switch (tokens) {
-    case 1: return direct_tile_avx2<1>(panel, A, sums);
-    case 2: return direct_tile_avx2<2>(panel, A, sums);
-    case 3: return direct_tile_avx2<3>(panel, A, sums);
-    case 4: return direct_tile_avx2<4>(panel, A, sums);
-  }
+template <size_t... m, size_t... d>
+constexpr Kernels kernels_avx2(std::index_sequence<m...>, std::index_sequence<d...>) {
+  return {2 * kLanesAvx2,
+          sizeof...(m),
+          sizeof...(d),
+          load_row_avx2,
+          store_row_avx2,
+          {unpack_avx2<false>, unpack_avx2<true>},
+          {multiply_avx2<m + 1>...},
+          {{direct_avx2<d + 1, false>...}, {direct_avx2<d + 1, true>...}}};
 }
 
 // 6 x 2 accumulators, 2 weights and an activation are 15 of 16 registers. direct has its weights and masks besides:
 // with 5 tokens it is slower than unpack and multiply (2.55 against 2.2 ms).
-constexpr Kernels kAvx2 = {2 * kLanesAvx2, 6,          4, load_row_avx2, store_row_avx2, unpack_avx2,
-                           multiply_avx2,  direct_avx2};
+constexpr Kernels kAvx2 = kernels_avx2(std::make_index_sequence<6>(), std::make_index_sequence<4>());
 
 // ---------------------------------------------------------------------------------------------------------------------
 // AVX-512
@@ -407,21 +446,36 @@ MARLIN_AVX512_INLINE __m512 nibble_avx512(__m512i w, int i) {
   return _mm512_permutexvar_ps(i == 0 ? w : _mm512_srli_epi32(w, 4 * i), values);
 }
 
-MARLIN_AVX512_INLINE void scales_avx512(const uint16_t* s, __m512 scale[2]) {
-  const __m512i pairs = _mm512_loadu_si512(s);  // upper is the upper half
-  scale[0] = _mm512_cvtph_ps(_mm512_cvtepi32_epi16(pairs));
-  scale[1] = _mm512_cvtph_ps(_mm512_cvtepi32_epi16(_mm512_srli_epi32(pairs, 16)));
+// Scales or zero points of 32 features, by upper: it is the upper half of each pair.
+MARLIN_AVX512_INLINE void scales_avx512(const uint16_t* s, DType dtype, __m512 scale[2]) {
+  const __m512i pairs = _mm512_loadu_si512(s), upper = _mm512_srli_epi32(pairs, 16);
+  if (dtype == DType::bf16) {
+    scale[0] = _mm512_castsi512_ps(_mm512_slli_epi32(pairs, 16));
+    scale[1] = _mm512_castsi512_ps(_mm512_slli_epi32(upper, 16));
+  } else {
+    scale[0] = _mm512_cvtph_ps(_mm512_cvtepi32_epi16(pairs));
+    scale[1] = _mm512_cvtph_ps(_mm512_cvtepi32_epi16(upper));
+  }
 }
 
+// z - 8, what is to be taken off the nibbles.
+MARLIN_AVX512_INLINE void zeros_avx512(const uint16_t* z, DType dtype, __m512 zero[2]) {
+  scales_avx512(z, dtype, zero);
+  for (int upper = 0; upper < 2; ++upper) zero[upper] = _mm512_sub_ps(zero[upper], _mm512_set1_ps(ZERO_POINT));
+}
+
+template <bool kZeros>
 MARLIN_AVX512 void unpack_avx512(const Panel& panel, float* W) {
-  const uint16_t* s = panel.s;
+  int64_t s_idx = 0;
   int left = panel.group_k16_left;
-  __m512 scale[2];  // (upper)
-  scales_avx512(s, scale);
+  __m512 scale[2], zero[2];  // (upper)
+  scales_avx512(panel.s, panel.s_dtype, scale);
+  if (kZeros) zeros_avx512(panel.z, panel.s_dtype, zero);
   for (int k16 = 0; k16 < panel.num_k16; ++k16, --left) {
     if (left == 0) {
-      s += panel.s_stride, left = panel.group_k16;
-      scales_avx512(s, scale);
+      s_idx += panel.s_stride, left = panel.group_k16;
+      scales_avx512(panel.s + s_idx, panel.s_dtype, scale);
+      if (kZeros) zeros_avx512(panel.z + s_idx, panel.s_dtype, zero);
     }
     __m512i by_t[4];
     const int32_t* words = panel.B + k16 * panel.b_stride;
@@ -432,17 +486,22 @@ MARLIN_AVX512 void unpack_avx512(const Panel& panel, float* W) {
 #pragma GCC unroll 8
       for (int i = 0; i < 8; ++i) {  // nibbles: bit 0 is far, bit 1 upper, bit 2 odd
         const int k = TILE_K * k16 + 2 * t + 8 * (i & 1) + (i >> 2), upper = i >> 1 & 1;
-        _mm512_storeu_ps(W + (2 * k + upper) * kLanesAvx512, _mm512_mul_ps(nibble_avx512(by_t[t], i), scale[upper]));
+        __m512 value = nibble_avx512(by_t[t], i);
+        if (kZeros) value = _mm512_sub_ps(value, zero[upper]);
+        _mm512_storeu_ps(W + (2 * k + upper) * kLanesAvx512, _mm512_mul_ps(value, scale[upper]));
       }
     }
   }
 }
 
 template <int kTokens>
-MARLIN_AVX512 void multiply_tile_avx512(const float* A, const float* W, int num_k, float* sums) {
+MARLIN_AVX512 void multiply_avx512(const float* A, const float* W, int num_k, float* sums) {
   __m512 acc[kTokens][2];  // (tokens, upper)
   for (auto& token : acc) token[0] = token[1] = _mm512_setzero_ps();
   for (int k = 0; k < num_k; ++k) {
+    // Of the next tile and of the sums, each in time for all of it: 95% of the multipliers' rate become 97%.
+    _mm_prefetch(reinterpret_cast<const char*>(A + kTokens * kBlockK + 16 * k), _MM_HINT_T0);
+    _mm_prefetch(reinterpret_cast<const char*>(sums + 4 * k), _MM_HINT_T0);
     const __m512 w0 = _mm512_loadu_ps(W + 2 * k * kLanesAvx512), w1 = _mm512_loadu_ps(W + (2 * k + 1) * kLanesAvx512);
 #pragma GCC unroll 16
     for (int m = 0; m < kTokens; ++m) {
@@ -460,12 +519,12 @@ MARLIN_AVX512 void multiply_tile_avx512(const float* A, const float* W, int num_
   }
 }
 
-template <int kTokens>
-MARLIN_AVX512 void direct_tile_avx512(const Panel& panel, const float* A, float* sums) {
+template <int kTokens, bool kZeros>
+MARLIN_AVX512 void direct_avx512(const Panel& panel, const float* A, const float* A_sums, float* sums) {
   constexpr int kChains = kTokens <= 3 ? 2 : 1;  // an FMA takes 4 cycles, two start in each
-  const uint16_t* s = panel.s;
+  int64_t s_idx = 0;
   int left = panel.group_k16_left;
-  for (int k16 = 0; k16 < panel.num_k16;) {
+  for (int k16 = 0, run = 0; k16 < panel.num_k16; ++run) {
     const int k16_end = std::min(panel.num_k16, k16 + left);
     __m512 acc[kTokens][2][kChains];  // (tokens, upper, chains)
     for (auto& token : acc) {
@@ -482,7 +541,8 @@ MARLIN_AVX512 void direct_tile_avx512(const Panel& panel, const float* A, float*
         for (int i = 0; i < 4; ++i) {  // k: bit 0 is far, bit 1 odd
           const float* a_k = A + TILE_K * k16 + 2 * t + 8 * (i & 1) + (i >> 1);
           const int lower = (i & 1) + 4 * (i >> 1), chain = i % kChains;
-          const __m512 w0 = nibble_avx512(by_t[t], lower), w1 = nibble_avx512(by_t[t], lower + 2);
+          const __m512 w0 = nibble_avx512(by_t[t], lower);
+          const __m512 w1 = nibble_avx512(by_t[t], lower + 2);
 #pragma GCC unroll 16
           for (int m = 0; m < kTokens; ++m) {
             const __m512 a = _mm512_set1_ps(a_k[m * kBlockK]);
@@ -492,8 +552,9 @@ MARLIN_AVX512 void direct_tile_avx512(const Panel& panel, const float* A, float*
         }
       }
     }
-    __m512 scale[2];  // (upper)
-    scales_avx512(s, scale);
+    __m512 scale[2], zero[2];  // (upper)
+    scales_avx512(panel.s + s_idx, panel.s_dtype, scale);
+    if (kZeros) zeros_avx512(panel.z + s_idx, panel.s_dtype, zero);
 #pragma GCC unroll 16
     for (int m = 0; m < kTokens; ++m) {
 #pragma GCC unroll 2
@@ -501,53 +562,29 @@ MARLIN_AVX512 void direct_tile_avx512(const Panel& panel, const float* A, float*
         float* sum = sums + (2 * m + upper) * kLanesAvx512;
         __m512 acc_all = acc[m][upper][0];
         if (kChains == 2) acc_all = _mm512_add_ps(acc_all, acc[m][upper][kChains - 1]);
+        if (kZeros) acc_all = _mm512_fnmadd_ps(_mm512_set1_ps(A_sums[m * kMaxRuns + run]), zero[upper], acc_all);
         _mm512_storeu_ps(sum, _mm512_fmadd_ps(acc_all, scale[upper], _mm512_loadu_ps(sum)));
       }
     }
-    s += panel.s_stride, left = panel.group_k16;
+    s_idx += panel.s_stride, left = panel.group_k16;
   }
 }
 
-// clang-format off
-void multiply_avx512(const float* A, const float* W, int tokens, int num_k, float* sums) {
-  switch (tokens) {
-    case 1: return multiply_tile_avx512<1>(A, W, num_k, sums);
-    case 2: return multiply_tile_avx512<2>(A, W, num_k, sums);
-    case 3: return multiply_tile_avx512<3>(A, W, num_k, sums);
-    case 4: return multiply_tile_avx512<4>(A, W, num_k, sums);
-    case 5: return multiply_tile_avx512<5>(A, W, num_k, sums);
-    case 6: return multiply_tile_avx512<6>(A, W, num_k, sums);
-    case 7: return multiply_tile_avx512<7>(A, W, num_k, sums);
-    case 8: return multiply_tile_avx512<8>(A, W, num_k, sums);
-    case 9: return multiply_tile_avx512<9>(A, W, num_k, sums);
-    case 10: return multiply_tile_avx512<10>(A, W, num_k, sums);
-    case 11: return multiply_tile_avx512<11>(A, W, num_k, sums);
-    case 12: return multiply_tile_avx512<12>(A, W, num_k, sums);
-    case 13: return multiply_tile_avx512<13>(A, W, num_k, sums);
-    case 14: return multiply_tile_avx512<14>(A, W, num_k, sums);
-  }
+template <size_t... m, size_t... d>
+constexpr Kernels kernels_avx512(std::index_sequence<m...>, std::index_sequence<d...>) {
+  return {2 * kLanesAvx512,
+          sizeof...(m),
+          sizeof...(d),
+          load_row_avx2,
+          store_row_avx2,
+          {unpack_avx512<false>, unpack_avx512<true>},
+          {multiply_avx512<m + 1>...},
+          {{direct_avx512<d + 1, false>...}, {direct_avx512<d + 1, true>...}}};
 }
-
-void direct_avx512(const Panel& panel, const float* A, int tokens, float* sums) {
-  switch (tokens) {
-    case 1: return direct_tile_avx512<1>(panel, A, sums);
-    case 2: return direct_tile_avx512<2>(panel, A, sums);
-    case 3: return direct_tile_avx512<3>(panel, A, sums);
-    case 4: return direct_tile_avx512<4>(panel, A, sums);
-    case 5: return direct_tile_avx512<5>(panel, A, sums);
-    case 6: return direct_tile_avx512<6>(panel, A, sums);
-    case 7: return direct_tile_avx512<7>(panel, A, sums);
-    case 8: return direct_tile_avx512<8>(panel, A, sums);
-    case 9: return direct_tile_avx512<9>(panel, A, sums);
-    case 10: return direct_tile_avx512<10>(panel, A, sums);
-  }
-}
-// clang-format on
 
 // 14 x 2 accumulators of 32 registers reach 97% of what the multipliers can do. direct wins up to one tile of 10 tokens
 // (1.73 against 1.9 ms) and loses with a second one, which unpacks all again.
-constexpr Kernels kAvx512 = {2 * kLanesAvx512, 14,           10, load_row_avx2, store_row_avx2, unpack_avx512,
-                             multiply_avx512,  direct_avx512};
+constexpr Kernels kAvx512 = kernels_avx512(std::make_index_sequence<kMaxTile>(), std::make_index_sequence<10>());
 
 #endif  // MARLIN_X86
 
@@ -565,109 +602,196 @@ const Kernels& kernels_of([[maybe_unused]] Isa isa) {
 
 int64_t element_bytes(DType dtype) { return dtype == DType::f32 ? 4 : 2; }
 
-// Token blocks of the task grid: at most kMaxTokens tokens each, finer where the chunks alone are too few to share out.
+// Token blocks of the task grid: at most kMaxTokens tokens each, finer where the chunks alone are too few to share out, or
+// where all of A, which is gathered once if its columns are permuted, would take much memory.
 int64_t num_token_blocks(const Problem& p) {
   const int64_t chunks = p.N / TILE_N;
   int64_t tokens = kMaxTokens;
   while (tokens > kMinTokens && chunks * ((p.M + tokens - 1) / tokens) < kEnoughTasks) tokens /= 2;
+  while (tokens > kMinTokens && p.perm && tokens * p.K > kHeldFloats) tokens /= 2;
   return (p.M + tokens - 1) / tokens;
 }
 
 // Memory of one thread, kept for the next call: fresh pages would cost more than a product with one token.
 struct Scratch {
-  float *A, *W, *sums, *bias;
-  uint16_t* s;
+  float *A, *W, *sums, *bias, *row;
+  uint16_t *s, *z;
 
-  Scratch(int64_t tokens, int64_t features) {
-    const int64_t sizes[] = {tokens * kBlockK, int64_t{kBlockK} * TILE_N, tokens * features, features, features / 2};
-    float** parts[] = {&A, &W, &sums, &bias};
+  Scratch(int64_t tokens, int64_t K_held, int64_t features, int64_t K_row) {
+    const int64_t sizes[] = {tokens * K_held, int64_t{kBlockK} * TILE_N, tokens * features, features, K_row, features};
+    float** parts[] = {&A, &W, &sums, &bias, &row};
     int64_t total = 16;  // floats; room to align to a cache line
     for (int64_t size : sizes) total += (size + 15) / 16 * 16;
     static thread_local std::unique_ptr<float[]> memory;
     static thread_local int64_t capacity = 0;
     if (total > capacity) memory.reset(), memory.reset(new float[total]), capacity = total;
     float* next = memory.get() + (64 - reinterpret_cast<uintptr_t>(memory.get()) % 64) % 64 / sizeof(float);
-    for (int i = 0; i < 4; ++i) *parts[i] = next, next += (sizes[i] + 15) / 16 * 16;
+    for (int i = 0; i < 5; ++i) *parts[i] = next, next += (sizes[i] + 15) / 16 * 16;
     s = reinterpret_cast<uint16_t*>(next);
+    z = s + features;
   }
 };
 
-// C of the tokens [m_begin, m_end) and the features [n_begin, n_end), both ends on chunks.
-void run_slice(const Problem& p, const Kernels& kernels, int64_t m_begin, int64_t m_end, int64_t n_begin,
-               int64_t n_end) {
-  const int64_t tokens = m_end - m_begin, features = n_end - n_begin, bytes = element_bytes(p.dtype);
-  const bool direct = p.M <= kernels.max_tokens_direct;
-  const int64_t max_tokens = direct ? p.M : kernels.max_tokens;
-  const int64_t num_tiles = (tokens + max_tokens - 1) / max_tokens;
-  const int tile_small = static_cast<int>(tokens / num_tiles), num_larger = static_cast<int>(tokens % num_tiles);
-  const Scratch scratch(tokens, features);
+// C of the tokens [m_begin, m_end) and a run of features, slice by slice.
+struct Walk {
+  const Problem& p;
+  const Kernels& kernels;
+  bool direct;
+  int64_t m_begin, m_end;
 
-  // Scales: one group comes in another order, which is brought to the usual one; then both are read alike.
-  const bool channelwise = p.group == p.K;
-  const auto* s = static_cast<const uint16_t*>(p.s) + n_begin;
-  if (channelwise) {
-    for (int64_t n = 0; n < features; ++n) scratch.s[scale_of(n)] = s[scale_of_channelwise(n)];
-    s = scratch.s;
-  }
+  int64_t tokens() const { return m_end - m_begin; }
+  // Rows of the weight that meet more than zeros: what A does not have counts as such.
+  int64_t K_used() const { return p.perm ? p.K : (p.K_A + TILE_K - 1) / TILE_K * TILE_K; }
 
-  std::fill_n(scratch.sums, tokens * features, 0.0f);
-  const int64_t K_used = (p.K_A + TILE_K - 1) / TILE_K * TILE_K;  // what A does not have counts as zeros
-  for (int64_t k = 0; k < K_used; k += kBlockK) {
-    const int64_t num_k = std::min<int64_t>(kBlockK, K_used - k), num_k_A = std::min(num_k, p.K_A - k);
-    for (int64_t m = 0; m < tokens; ++m) {
-      float* row = scratch.A + m * kBlockK;
-      kernels.load_row(static_cast<const char*>(p.A) + ((m_begin + m) * p.lda + k) * bytes, p.dtype, num_k_A, row);
-      std::fill(row + num_k_A, row + num_k, 0.0f);
-    }
-    Panel panel;
-    const int32_t* block_B = static_cast<const int32_t*>(p.B) + k / TILE_K * 2 * p.N + 2 * n_begin;
-    const int32_t* next_block_B = k + kBlockK < K_used ? block_B + kBlockK / TILE_K * 2 * p.N : block_B;
-    panel.B = block_B;
-    panel.b_stride = 2 * p.N;
-    panel.s = s + k / p.group * p.N;
-    panel.s_stride = p.N;
-    panel.num_k16 = static_cast<int>(num_k / TILE_K);
-    panel.group_k16 = static_cast<int>(p.group / TILE_K);
-    panel.group_k16_left = static_cast<int>((p.group - k % p.group) / TILE_K);
-    for (int64_t n = 0; n < features; n += kernels.features) {
-      // What comes after the last panel is the next block of the first one.
-      panel.B_next = n + kernels.features < features ? panel.B + 2 * kernels.features : next_block_B;
-      if (!direct) kernels.unpack(panel, scratch.W);
-      const float* A = scratch.A;
-      float* sums = scratch.sums + n * tokens;
-      for (int64_t tile_idx = 0; tile_idx < num_tiles; ++tile_idx) {
-        const int tile = tile_small + (tile_idx < num_larger);
-        if (direct) {
-          kernels.direct(panel, A, tile, sums);
+  // A of the rows [k_begin, k_end) of the weight in FP32: (blocks of kBlockK rows, tokens, kBlockK).
+  void load_A(int64_t k_begin, int64_t k_end, const Scratch& scratch) const {
+    const int64_t bytes = element_bytes(p.dtype);
+    for (int64_t m = 0; m < tokens(); ++m) {
+      const char* A = static_cast<const char*>(p.A) + (m_begin + m) * p.lda * bytes;
+      float* dst = scratch.A + m * kBlockK;
+      if (p.perm) kernels.load_row(A, p.dtype, p.K_A, scratch.row), scratch.row[p.K_A] = 0.0f;
+      for (int64_t k = k_begin; k < k_end; k += kBlockK, dst += tokens() * kBlockK) {
+        const int64_t num_k = std::min<int64_t>(kBlockK, k_end - k);
+        if (p.perm) {  // whatever is no column of A, negative ones too, reads the zero behind the last one
+          const auto K_A = static_cast<uint32_t>(p.K_A);
+          for (int64_t i = 0; i < num_k; ++i) {
+            dst[i] = scratch.row[std::min(static_cast<uint32_t>(p.perm[k + i]), K_A)];
+          }
         } else {
-          kernels.multiply(A, scratch.W, tile, static_cast<int>(num_k), sums);
+          const int64_t num_k_A = std::min(num_k, p.K_A - k);
+          kernels.load_row(A + k * bytes, p.dtype, num_k_A, dst);
+          std::fill(dst + num_k_A, dst + num_k, 0.0f);
         }
-        A += tile * kBlockK, sums += tile * kernels.features;
       }
-      panel.B += 2 * kernels.features, panel.s += kernels.features;
     }
   }
 
-  const int64_t n_stop = std::min(n_end, p.N_C);  // features beyond are padding
-  std::fill_n(scratch.bias, features, 0.0f);
-  if (p.bias && n_begin < n_stop) {
-    kernels.load_row(static_cast<const char*>(p.bias) + n_begin * bytes, p.dtype, n_stop - n_begin, scratch.bias);
+  // A_sums (tokens, kMaxRuns) of a block as direct wants them. Returns a bit for each token that has a value which a sum of
+  // the block's rows might not survive: 2^100 or more, Inf, NaN.
+  unsigned sum_runs(const Panel& panel, const float* A, float* A_sums) const {
+    unsigned extreme = 0;
+    for (int64_t m = 0; m < tokens(); ++m) {
+      int left = panel.group_k16_left;
+      float* sum = A_sums + m * kMaxRuns;
+      *sum = 0.0f;
+      for (int k16 = 0; k16 < panel.num_k16; ++k16, --left) {
+        if (left == 0) *++sum = 0.0f, left = panel.group_k16;
+        const float* a = A + m * kBlockK + k16 * TILE_K;
+        float part[4] = {};  // four chains of additions instead of one
+        int far = 0;
+        for (int i = 0; i < TILE_K; ++i) part[i % 4] += a[i], far |= !(std::abs(a[i]) < 0x1p100f);
+        *sum += (part[0] + part[1]) + (part[2] + part[3]);
+        extreme |= static_cast<unsigned>(far) << m;
+      }
+    }
+    return extreme;
   }
-  int64_t source[TILE_N];  // where the sum of a feature of a chunk is, from that of the first one
-  for (int u = 0; u < TILE_N; ++u) {
-    const int panel_begin = u / kernels.features * kernels.features;
-    source[unpacked_feature(kernels.features, u)] = panel_begin * tokens + u - panel_begin;
+
+  // The features [n_begin, n_end), both ends on chunks. If A_held, scratch.A has all of A already. Returns what sum_runs
+  // does.
+  unsigned run_slice(const Scratch& scratch, bool A_held, int64_t n_begin, int64_t n_end) const {
+    const int64_t features = n_end - n_begin;
+    const int64_t max_tokens = direct ? tokens() : kernels.max_tokens;
+    unsigned extreme = 0;
+    float A_sums[kMaxTile * kMaxRuns];
+    const int64_t num_tiles = (tokens() + max_tokens - 1) / max_tokens;
+    const int tile_small = static_cast<int>(tokens() / num_tiles), num_larger = static_cast<int>(tokens() % num_tiles);
+
+    // Scales: one group comes in another order, which is brought to the usual one; then both are read alike.
+    const bool zeros = p.z != nullptr, channelwise = p.group == p.K;
+    const auto* s = static_cast<const uint16_t*>(p.s) + n_begin;
+    const auto* z = zeros ? static_cast<const uint16_t*>(p.z) + n_begin : nullptr;
+    if (channelwise) {
+      for (int64_t n = 0; n < features; ++n) {
+        scratch.s[scale_of(n)] = s[scale_of_channelwise(n)];
+        if (zeros) scratch.z[scale_of(n)] = z[scale_of_channelwise(n)];
+      }
+      s = scratch.s, z = zeros ? scratch.z : nullptr;
+    }
+
+    std::fill_n(scratch.sums, tokens() * features, 0.0f);
+    for (int64_t k = 0; k < K_used(); k += kBlockK) {
+      const int64_t num_k = std::min<int64_t>(kBlockK, K_used() - k);
+      const float* A_block = scratch.A + (A_held ? k * tokens() : 0);
+      if (!A_held) load_A(k, k + num_k, scratch);
+      Panel panel;
+      const int32_t* block_B = static_cast<const int32_t*>(p.B) + k / TILE_K * 2 * p.N + 2 * n_begin;
+      const int32_t* next_block_B = k + kBlockK < K_used() ? block_B + kBlockK / TILE_K * 2 * p.N : block_B;
+      panel.B = block_B;
+      panel.b_stride = 2 * p.N;
+      panel.s = s + k / p.group * p.N;
+      panel.z = zeros ? z + k / p.group * p.N : nullptr;
+      panel.s_stride = p.N;
+      panel.s_dtype = p.scale_dtype;
+      panel.num_k16 = static_cast<int>(num_k / TILE_K);
+      panel.group_k16 = static_cast<int>(p.group / TILE_K);
+      panel.group_k16_left = static_cast<int>((p.group - k % p.group) / TILE_K);
+      if (direct && zeros) extreme |= sum_runs(panel, A_block, A_sums);
+      for (int64_t n = 0; n < features; n += kernels.features) {
+        // What comes after the last panel is the next block of the first one.
+        panel.B_next = n + kernels.features < features ? panel.B + 2 * kernels.features : next_block_B;
+        if (!direct) kernels.unpack[zeros](panel, scratch.W);
+        const float* A = A_block;
+        float* sums = scratch.sums + n * tokens();
+        for (int64_t tile_idx = 0; tile_idx < num_tiles; ++tile_idx) {
+          const int tile = tile_small + (tile_idx < num_larger);
+          if (direct) {
+            kernels.direct[zeros][tile - 1](panel, A, A_sums, sums);
+          } else {
+            kernels.multiply[tile - 1](A, scratch.W, static_cast<int>(num_k), sums);
+          }
+          A += tile * kBlockK, sums += tile * kernels.features;
+        }
+        panel.B += 2 * kernels.features, panel.s += kernels.features;
+        if (zeros) panel.z += kernels.features;
+      }
+    }
+    store_slice(scratch, n_begin, n_end);
+    return extreme;
   }
-  for (int64_t n = n_begin; n < n_stop; n += TILE_N) {
-    for (int64_t m = 0; m < tokens; ++m) {
-      const float* sums = scratch.sums + (n - n_begin) * tokens + m * kernels.features;
-      float row[TILE_N];
-      for (int i = 0; i < TILE_N; ++i) row[i] = sums[source[i]] + scratch.bias[n - n_begin + i];
-      kernels.store_row(row, p.dtype, std::min<int64_t>(TILE_N, n_stop - n),
-                        static_cast<char*>(p.C) + ((m_begin + m) * p.N_C + n) * bytes);
+
+  void store_slice(const Scratch& scratch, int64_t n_begin, int64_t n_end) const {
+    const int64_t bytes = element_bytes(p.dtype), n_stop = std::min(n_end, p.N_C);  // features beyond are padding
+    std::fill_n(scratch.bias, n_end - n_begin, 0.0f);
+    if (p.bias && n_begin < n_stop) {
+      kernels.load_row(static_cast<const char*>(p.bias) + n_begin * bytes, p.dtype, n_stop - n_begin, scratch.bias);
+    }
+    int64_t source[TILE_N];  // where the sum of a feature of a chunk is, from that of the first one
+    for (int u = 0; u < TILE_N; ++u) {
+      const int panel_begin = u / kernels.features * kernels.features;
+      source[unpacked_feature(kernels.features, u)] = panel_begin * tokens() + u - panel_begin;
+    }
+    // Token by token: rows of C are often a power of two apart, and their lines push each other out of the caches.
+    for (int64_t m = 0; m < tokens(); ++m) {
+      char* C = static_cast<char*>(p.C) + (m_begin + m) * p.N_C * bytes;
+      for (int64_t n = n_begin; n < n_stop; n += TILE_N) {
+        const float* sums = scratch.sums + (n - n_begin) * tokens() + m * kernels.features;
+        float row[TILE_N];
+        for (int i = 0; i < TILE_N; ++i) row[i] = sums[source[i]] + scratch.bias[n - n_begin + i];
+        kernels.store_row(row, p.dtype, std::min<int64_t>(TILE_N, n_stop - n), C + n * bytes);
+      }
     }
   }
-}
+
+  // The features [n_begin, n_end), cut into slices whose sums stay in cache. Where there are several, A is brought to FP32
+  // once for all of them if it does not take too much memory; where its columns are permuted, always: see
+  // num_token_blocks.
+  void run(int64_t n_begin, int64_t n_end) const {
+    const int64_t most = std::max<int64_t>(1, kSumsFloats / tokens() / TILE_N) * TILE_N;
+    const bool several = n_end - n_begin > most && tokens() * K_used() <= kHeldFloats, A_held = several || p.perm;
+    const Scratch scratch(tokens(), A_held ? (K_used() + kBlockK - 1) / kBlockK * kBlockK : kBlockK,
+                          std::min(most, n_end - n_begin), p.perm ? p.K_A + 1 : 0);
+    if (A_held) load_A(0, K_used(), scratch);
+    unsigned extreme = 0;
+    for (int64_t n = n_begin; n < n_end; n += most) {
+      extreme |= run_slice(scratch, A_held, n, std::min(n + most, n_end));
+    }
+    // Inf (q - 8) + (8 - z) Inf is NaN where Inf (q - z) may be Inf: such tokens once more, by themselves and without it.
+    for (int64_t m = m_begin; extreme != 0; ++m, extreme >>= 1) {
+      if (extreme & 1) Walk{p, kernels, false, m, m + 1}.run(n_begin, n_end);
+    }
+  }
+};
 
 }  // namespace
 
@@ -697,17 +821,19 @@ int64_t cpu_num_tasks(const Problem& p) { return num_token_blocks(p) * (p.N / TI
 Status cpu_run(const Problem& p, Isa isa, int64_t begin, int64_t end) {
   if (const Status status = check_shape(p); status != Status::ok) return status;
   if (p.dtype != DType::f16 && p.dtype != DType::bf16 && p.dtype != DType::f32) return Status::bad_dtype;
+  if (p.scale_dtype != DType::f16 && p.scale_dtype != DType::bf16) return Status::bad_dtype;
   if (isa > cpu_best_isa()) return Status::no_config;
+  const Kernels& kernels = kernels_of(isa);
   const int64_t chunks = p.N / TILE_N, blocks = num_token_blocks(p);
   end = std::min(end, blocks * chunks);
-  // Neighbouring tasks of one token block become one slice, so that A is converted once for all of them. No sum depends
-  // on how features are sliced, so that the bits do not either.
+  // Neighbouring tasks of one token block go together, so that A is converted once for all of them. No sum depends on how
+  // features are sliced, so that the bits do not either.
   while (begin < end) {
     const int64_t block = begin / chunks, chunk = begin % chunks;
     const int64_t m_begin = p.M * block / blocks, m_end = p.M * (block + 1) / blocks;
-    const int64_t most = std::max<int64_t>(1, kSumsFloats / (m_end - m_begin) / TILE_N);
-    const int64_t num_chunks = std::min({end - begin, chunks - chunk, most});
-    run_slice(p, kernels_of(isa), m_begin, m_end, chunk * TILE_N, (chunk + num_chunks) * TILE_N);
+    const int64_t num_chunks = std::min(end - begin, chunks - chunk);
+    const bool direct = p.M <= kernels.max_tokens_direct;
+    Walk{p, kernels, direct, m_begin, m_end}.run(chunk * TILE_N, (chunk + num_chunks) * TILE_N);
     begin += num_chunks;
   }
   return Status::ok;

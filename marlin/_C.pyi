@@ -21,6 +21,8 @@ def linear(
     bias: Tensor | None,
     in_features: int | None,
     out_features: int | None,
+    z: Tensor | None,
+    perm: Tensor | None,
     /,
 ) -> Tensor: ...
 def choose_config_sm80(

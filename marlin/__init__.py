@@ -16,18 +16,26 @@ except ImportError as error:
     ) from error
 
 from . import checkpoint, quantize
-from .layer import Layer, replace_linear
+from .checkpoint import load
+from .integrations.register import install as _install
+from .layer import Layer, Values, replace_linear
 from .layout import pack_weights, permute_scales, unpack_weights, unpermute_scales
 from .ops import linear, mul
+from .support import can_run
 
 __version__ = "0.1.0"
 
+_install()
+
 __all__ = [
     "Layer",
+    "Values",
     "_C",
     "__version__",
+    "can_run",
     "checkpoint",
     "linear",
+    "load",
     "mul",
     "pack_weights",
     "permute_scales",

@@ -14,9 +14,8 @@ TILE_K = 16  # rows of the weight in one row of B
 TILE_N = 64  # features in one chunk
 ZERO_POINT = 8  # the stored value that means 0
 
-_CHUNK_ROWS = (
-    64  # rows of B packed at a time: bounds the temporaries to some 10 MB per 8192 features
-)
+_CHUNK_ROWS = 64  # rows of B packed at a time: temporaries of some 10 MB per 8192 features
+_CHUNK_VALUES = 1 << 19  # values packed at a time where features are adjacent: stays in cache
 
 
 def nibble_index(K: int, N: int, device: torch.device | str | None = None) -> tuple[Tensor, Tensor]:
@@ -86,22 +85,52 @@ def pack_weights(q: Tensor) -> Tensor:
         raise ValueError(f"marlin.pack_weights: q is {q.dtype} but should be of an integer dtype")
     K, N = q.shape
     B = torch.empty(K // TILE_K, 2 * N, dtype=torch.int32, device=q.device)
-    for row in range(0, K // TILE_K, _CHUNK_ROWS):
-        rows = q[TILE_K * row : TILE_K * (row + _CHUNK_ROWS)]
-        if int(rows.min()) < 0 or int(rows.max()) > 15:
-            raise ValueError("marlin.pack_weights: q has a value outside 0..15")
-        # Adjacent in memory until the last step: elements are cheap to combine and dear to
-        # transpose, and a word is a quarter as many elements as the bytes in it. See nibble_index
-        # for the names.
-        k_far = rows.to(torch.uint8).contiguous().view(-1, 2, 4, 2, N)  # (k16 rows, far, t, odd, n)
-        low = (k_far[:, 0] | (k_far[:, 1] << 4)).view(
-            -1, 4, 2, N // 16, 2, 8
-        )  # .., n / 16, upper, g)
-        half = low[..., 0, :].to(torch.int16) | (low[..., 1, :].to(torch.int16) << 8)
-        word = (half[:, :, 0].to(torch.int32) & 0xFFFF) | (half[:, :, 1].to(torch.int32) << 16)
-        word = word.view(-1, 4, N // TILE_N, 4, 8)  # (k16 rows, t, chunks, j, g)
-        B[row : row + _CHUNK_ROWS] = word.permute(0, 2, 4, 1, 3).reshape(-1, 2 * N)
+    if q.stride(0) == 1:  # a feature's values are adjacent, as in a linear's weight
+        features = max(TILE_N, _CHUNK_VALUES // K // TILE_N * TILE_N)
+        for n in range(0, N, features):
+            part = q[:, n : n + features]
+            B[:, 2 * n : 2 * (n + part.shape[1])] = _pack_features(part.t())
+    else:
+        for row in range(0, K // TILE_K, _CHUNK_ROWS):
+            rows = q[TILE_K * row : TILE_K * (row + _CHUNK_ROWS)]
+            B[row : row + _CHUNK_ROWS] = _pack_rows(rows)
     return B
+
+
+def _outside() -> ValueError:
+    return ValueError("marlin.pack_weights: q has a value outside 0..15")
+
+
+def _pack_features(q: Tensor) -> Tensor:
+    """Pack (N, K), values of a feature adjacent, eight of them at a time: a transpose of single
+    bytes, which _pack_rows would need, takes ten times as long as all of this."""
+    if q.dtype != torch.uint8 and (int(q.min()) < 0 or int(q.max()) > 15):
+        raise _outside()
+    N, K = q.shape
+    # The eight bytes of a word are k = 8 far + 2 t + odd, least significant first.
+    word = q.to(torch.uint8).contiguous().view(torch.int64).view(N, K // TILE_K, 2)
+    if bool((word & -0x0F0F0F0F0F0F0F10).any()):  # the upper half of any byte
+        raise _outside()
+    both = (word[..., 0] | (word[..., 1] << 4)).view(N // TILE_N, 4, 2, 8, K // TILE_K)
+    lower, upper = (both[:, :, i].contiguous().view(torch.uint8) for i in range(2))
+    pairs = torch.stack((lower, upper), dim=-1).view(N // TILE_N, 4, 8, K // TILE_K, 16)
+    words = pairs.view(torch.int32)  # (chunks, j, g, k16 rows, t)
+    return words.permute(3, 0, 2, 4, 1).reshape(K // TILE_K, 2 * N)
+
+
+def _pack_rows(q: Tensor) -> Tensor:
+    """Pack (K, N), values of a row adjacent. They stay so until the last step: elements are cheap
+    to combine and dear to transpose, and a word is a quarter as many elements as the bytes in it.
+    See nibble_index for the names."""
+    if int(q.min()) < 0 or int(q.max()) > 15:
+        raise _outside()
+    N = q.shape[1]
+    k_far = q.to(torch.uint8).contiguous().view(-1, 2, 4, 2, N)  # (k16 rows, far, t, odd, n)
+    low = (k_far[:, 0] | (k_far[:, 1] << 4)).view(-1, 4, 2, N // 16, 2, 8)  # (.., upper, g)
+    half = low[..., 0, :].to(torch.int16) | (low[..., 1, :].to(torch.int16) << 8)
+    word = (half[:, :, 0].to(torch.int32) & 0xFFFF) | (half[:, :, 1].to(torch.int32) << 16)
+    word = word.view(-1, 4, N // TILE_N, 4, 8)  # (k16 rows, t, chunks, j, g)
+    return word.permute(0, 2, 4, 1, 3).reshape(-1, 2 * N)
 
 
 def unpack_weights(B: Tensor) -> Tensor:
@@ -185,6 +214,51 @@ def unpermute_scales(s: Tensor) -> Tensor:
     _check_scales("unpermute_scales", s)
     # Both permutations swap two axes of equal length, so each is its own inverse.
     return permute_scales(s)
+
+
+def group_order(g_idx: Tensor, k: int, group: int) -> Tensor:
+    """Return the input features in the order of their groups: the start of perm (see layout.h).
+
+    Args:
+        g_idx: (k), any integer dtype, the group of each input feature.
+        k: input features.
+        group: members that each group has; the last one may have fewer.
+
+    Returns:
+        (k) int64, on the device of g_idx: the features of group 0 in ascending order, those of
+        group 1, and so on. perm goes on with k, k + 1, ... as far as the weight was padded.
+
+    Raises:
+        ValueError: another shape or dtype, a group out of range, or one with too few or many
+            members.
+
+    Example:
+        >>> group_order(torch.tensor([1, 0, 1, 0, 0, 0]), 6, 4)
+        tensor([1, 3, 4, 5, 0, 2])
+    """
+    if g_idx.shape != (k,):
+        raise ValueError(f"g_idx has shape {tuple(g_idx.shape)} but should be {(k,)}")
+    if g_idx.is_floating_point() or g_idx.is_complex() or g_idx.dtype == torch.bool:
+        raise ValueError(f"g_idx is {g_idx.dtype} but should be of an integer dtype")
+    groups = -(-k // group)
+    outside = ((g_idx < 0) | (g_idx >= groups)).nonzero()
+    if len(outside):
+        at = int(outside[0])
+        raise ValueError(
+            f"g_idx has {int(g_idx[at])} at {at} but there are {groups} groups, so it should be "
+            f"within 0..{groups - 1}"
+        )
+    members = torch.bincount(g_idx.long(), minlength=groups)
+    expected = torch.full_like(members, group)
+    expected[-1] = k - (groups - 1) * group
+    wrong = (members != expected).nonzero()
+    if len(wrong):
+        at = int(wrong[0])
+        raise ValueError(
+            f"g_idx gives group {at} {int(members[at])} input features but should give it "
+            f"{int(expected[at])}"
+        )
+    return torch.argsort(g_idx, stable=True)
 
 
 def _check_scales(function: str, s: Tensor) -> None:

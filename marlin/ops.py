@@ -57,16 +57,22 @@ def linear(
     bias: Tensor | None = None,
     in_features: int | None = None,
     out_features: int | None = None,
+    z: Tensor | None = None,
+    perm: Tensor | None = None,
 ) -> Tensor:
     """Return ``x @ dequant(B) + bias``.
 
     Args:
         x: activations (..., in_features), float16 (on a CPU also bfloat16, float32).
         B: packed weights (K / 16, 2 N), int32, contiguous.
-        s: scales (K / group, N), float16, permuted as ``marlin.layout`` does, contiguous.
+        s: scales (K / group, N), float16 (on a CPU also bfloat16), permuted as ``marlin.layout``
+            does, contiguous.
         bias: (out_features), dtype of x, or None.
         in_features: columns of x, if fewer than K because the weight was padded; default K.
         out_features: columns of the result, if fewer than N; default N.
+        z: zero points, shape, dtype and order of s, contiguous; None: all are 8. CPU only.
+        perm: (K) int32, row k of the weight multiplies column perm[k] of x, zeros if that is not
+            below in_features; None: column k. CPU only.
 
     Returns:
         (..., out_features), dtype of x.
@@ -79,9 +85,9 @@ def linear(
         >>> y = marlin.linear(torch.randn(3, 5, 256), layer.B, layer.s)
     """
     if torch.compiler.is_compiling():
-        y: Tensor = torch.ops.marlin.linear(x, B, s, bias, in_features, out_features)
+        y: Tensor = torch.ops.marlin.linear(x, B, s, bias, in_features, out_features, z, perm)
     else:
-        y = _C.linear(x, B, s, bias, in_features, out_features)
+        y = _C.linear(x, B, s, bias, in_features, out_features, z, perm)
     return y
 
 
@@ -123,6 +129,8 @@ def _linear_fake(
     bias: Tensor | None = None,
     in_features: int | None = None,
     out_features: int | None = None,
+    z: Tensor | None = None,
+    perm: Tensor | None = None,
 ) -> Tensor:
     N = B.shape[1] // 2 if out_features is None else out_features
     return x.new_empty((*x.shape[:-1], N))

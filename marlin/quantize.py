@@ -3,9 +3,9 @@
 Depends on torch alone. Layer.pack, the checkpoint code and gptq/ are the callers.
 
 A weight w (n, k) is cut along k into groups that share a scale; the last group may be shorter. The
-stored value q = round(w / s) + 8 lies in 0..15, so a group reaches from -8 s to 7 s. Every scale
-that leaves this module is exactly an FP16 number: what is searched, rounded to and stored is one
-and the same grid.
+stored value q = round(w / s) + 8 lies in 0..15, so a group reaches from -8 s to 7 s; with a zero
+point z in the place of 8, from -z s to (15 - z) s. Every scale that leaves this module is exactly
+an FP16 (or BF16) number: what is searched, rounded to and stored is one and the same grid.
 """
 
 from __future__ import annotations
@@ -15,7 +15,16 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-__all__ = ["RULES", "dequantize", "num_groups", "round_to_nearest", "scales_for", "to_fp16_grid"]
+__all__ = [
+    "RULES",
+    "dequantize",
+    "grid_for",
+    "num_groups",
+    "round_to_nearest",
+    "scales_for",
+    "to_fp16_grid",
+    "to_grid",
+]
 
 ZERO_POINT = 8  # the stored value that means 0
 Q_MAX = 15
@@ -69,8 +78,25 @@ def _spread(scales: Tensor, k: int, groupsize: int) -> Tensor:
     return s.repeat_interleave(k if groupsize == -1 else groupsize, dim=1)[:, :k]
 
 
+def to_grid(scales: Tensor, dtype: torch.dtype = torch.float16) -> Tensor:
+    """Rounds scales to a 16-bit dtype, kept finite and, where they were not zero, not zero.
+
+    Args:
+        scales: any shape, float; not negative.
+        dtype: float16 or bfloat16.
+
+    Returns:
+        The same shape, dtype.
+    """
+    rounded = scales.clamp(max=torch.finfo(dtype).max).to(dtype)
+    # The smallest FP16 above 0; of BF16 the smallest that is not subnormal.
+    smallest = 2.0**-24 if dtype == torch.float16 else torch.finfo(dtype).tiny
+    lost = (rounded == 0) & (scales > 0)
+    return torch.where(lost, torch.full_like(rounded, smallest), rounded)
+
+
 def to_fp16_grid(scales: Tensor) -> Tensor:
-    """Rounds scales to FP16, kept finite and, where they were not zero, not zero.
+    """Rounds scales to FP16 as to_grid does.
 
     Args:
         scales: any shape, float; not negative.
@@ -78,15 +104,15 @@ def to_fp16_grid(scales: Tensor) -> Tensor:
     Returns:
         The same shape, fp16.
     """
-    rounded = scales.clamp(max=torch.finfo(torch.float16).max).half()
-    lost = (rounded == 0) & (scales > 0)
-    return torch.where(
-        lost, torch.full_like(rounded, 2.0**-24), rounded
-    )  # the smallest FP16 above 0
+    return to_grid(scales)
 
 
 def scales_for(
-    w: Tensor, groupsize: int = -1, rule: str = "search", importance: Tensor | None = None
+    w: Tensor,
+    groupsize: int = -1,
+    rule: str = "search",
+    importance: Tensor | None = None,
+    dtype: torch.dtype = torch.float16,
 ) -> Tensor:
     """Chooses the scale of every group.
 
@@ -99,9 +125,10 @@ def scales_for(
             squares where that lowers the error.
         importance: (k,) float, not negative: how much the squared error of each input feature
             counts in the search; for GPTQ the diagonal of the Hessian.
+        dtype: of the scales, float16 or bfloat16.
 
     Returns:
-        (n, groups) fp16, positive, or 0 for a group of zeros.
+        (n, groups) dtype, positive, or 0 for a group of zeros.
 
     Raises:
         ValueError: a rule, shape or group size that does not exist.
@@ -123,7 +150,7 @@ def scales_for(
         )
     x = _grouped(w.float(), groupsize)
     if rule != "search":
-        return to_fp16_grid(x.abs().amax(dim=2) / (8 if rule == "max/8" else 7))
+        return to_grid(x.abs().amax(dim=2) / (8 if rule == "max/8" else 7), dtype)
     if importance is None:
         importance = torch.ones(w.shape[1], device=w.device)
     h = _grouped(importance.float()[None], groupsize)[0]  # (groups, group)
@@ -131,13 +158,13 @@ def scales_for(
     # counted alike.
     h = torch.where(h.sum(dim=1, keepdim=True) > 0, h, torch.ones_like(h))
     step = max(1, SEARCH_CHUNK // max(1, w.shape[1]))
-    parts = [_search(x[n : n + step], h) for n in range(0, len(x), step)]
-    return torch.cat(parts) if parts else x.new_zeros(x.shape[:2]).half()
+    parts = [_search(x[n : n + step], h, dtype) for n in range(0, len(x), step)]
+    return torch.cat(parts) if parts else x.new_zeros(x.shape[:2]).to(dtype)
 
 
-def _search(x: Tensor, h: Tensor) -> Tensor:
+def _search(x: Tensor, h: Tensor, dtype: torch.dtype) -> Tensor:
     """The clip search on rows x (n, groups, group) with importance h (groups, group) -> (n, groups)
-    fp16."""
+    dtype."""
 
     def rounded(s: Tensor) -> Tensor:
         return (x / torch.where(s > 0, s, torch.ones_like(s))).round_().clamp_(-8, 7)
@@ -146,9 +173,9 @@ def _search(x: Tensor, h: Tensor) -> Tensor:
         return torch.einsum("ngi,gi->ng", (q * s).sub_(x).square_(), h)
 
     def choose(candidates: Iterable[Tensor]) -> tuple[Tensor, Tensor]:
-        best, best_err = to_fp16_grid(reach), torch.full_like(reach, torch.inf)
+        best, best_err = to_grid(reach, dtype), torch.full_like(reach, torch.inf)
         for candidate in candidates:
-            s = to_fp16_grid(candidate.clamp(min=0))
+            s = to_grid(candidate.clamp(min=0), dtype)
             err = error(rounded(s.float()[..., None]), s.float()[..., None])
             better = (err < best_err) & (s > 0)
             best, best_err = torch.where(better, s, best), torch.where(better, err, best_err)
@@ -164,6 +191,54 @@ def _search(x: Tensor, h: Tensor) -> Tensor:
     )
     fitted, fitted_err = choose([fit])
     return torch.where(fitted_err < best_err, fitted, best)
+
+
+def grid_for(
+    w: Tensor, groupsize: int = -1, dtype: torch.dtype = torch.float16
+) -> tuple[Tensor, Tensor]:
+    """Chooses the scale and the zero point of every group, of the full range of its weights (0
+    included) and 25 shrunken ones that with the least squared error after rounding.
+
+    Args:
+        w: weight (n, k), float.
+        groupsize: input features that share a scale; -1 means all.
+        dtype: of the scales, float16 or bfloat16.
+
+    Returns:
+        scales (n, groups) dtype, positive, or 0 for a group of zeros; zeros (n, groups) uint8,
+        0..15.
+
+    Raises:
+        ValueError: a shape or group size that does not exist.
+
+    Example:
+        >>> s, z = grid_for(torch.rand(64, 128), 64)
+    """
+    _check(w, groupsize, "grid_for")
+    x = _grouped(w.float(), groupsize)
+    step = max(1, SEARCH_CHUNK // max(1, w.shape[1]))
+    parts = [_search_range(x[n : n + step], dtype) for n in range(0, len(x), step)]
+    if not parts:
+        return x.new_zeros(x.shape[:2]).to(dtype), x.new_zeros(x.shape[:2]).to(torch.uint8)
+    return torch.cat([s for s, _ in parts]), torch.cat([z for _, z in parts])
+
+
+def _search_range(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """The range search on rows x (n, groups, group) -> scales (n, groups) dtype, zeros uint8."""
+    low, high = x.amin(dim=2).clamp(max=0), x.amax(dim=2).clamp(min=0)
+    best_s = torch.zeros_like(low, dtype=dtype)
+    best_z = torch.full_like(low, ZERO_POINT)
+    best_err = x.square().sum(dim=2)
+    for factor in SHRINK_FACTORS:
+        s = to_grid((high - low) * factor / Q_MAX, dtype)
+        step = torch.where(s > 0, s, torch.ones_like(s)).float()
+        z = (-low * factor / step).round_().clamp_(0, Q_MAX)
+        q = (x / step[..., None]).round_().add_(z[..., None]).clamp_(0, Q_MAX)
+        err = (q - z[..., None]).mul_(step[..., None]).sub_(x).square_().sum(dim=2)
+        better = (err < best_err) & (s > 0)
+        best_s, best_z = torch.where(better, s, best_s), torch.where(better, z, best_z)
+        best_err = torch.where(better, err, best_err)
+    return best_s, best_z.to(torch.uint8)
 
 
 def round_to_nearest(w: Tensor, scales: Tensor, groupsize: int = -1) -> Tensor:

@@ -19,7 +19,7 @@ import torch
 
 import marlin
 from marlin import checkpoint, quantize
-from marlin.checkpoint import marlin as marlin_checkpoint
+from marlin.checkpoint import write as marlin_checkpoint
 
 pytest.importorskip("transformers")
 ROOT = pathlib.Path(__file__).resolve().parents[1]
@@ -239,12 +239,22 @@ def test_a_folder_that_is_no_model_is_not_replaced(tmp_path: pathlib.Path) -> No
 def test_models_that_the_format_cannot_describe_are_refused(tmp_path: pathlib.Path) -> None:
     with pytest.raises(checkpoint.CheckpointError, match=r"no marlin\.Layer"):
         checkpoint.save(tiny_llama.model(), None, tmp_path / "a")
-    mixed = compressed(16)[1]
-    marlin.replace_linear(mixed.get_submodule("model.layers.1"), groupsize=32)
-    mixed.model.layers[1].mlp.up_proj = marlin.Layer(64, 176, 32)
-    with pytest.raises(checkpoint.CheckpointError, match=r"group sizes \[16, 32\]"):
-        checkpoint.save(mixed, None, tmp_path / "a")
+    with pytest.raises(checkpoint.CheckpointError, match="format is 'awq' but should be one of"):
+        checkpoint.save(compressed(16)[1], None, tmp_path / "a", format="awq")
     assert not (tmp_path / "a").exists()
+
+
+def test_layers_may_have_different_group_sizes(tmp_path: pathlib.Path) -> None:
+    mixed = compressed(16)[1]
+    other = marlin.Layer(64, 176, 32)
+    linear = torch.nn.Linear(64, 176)
+    other.pack(linear, quantize.scales_for(linear.weight, 32))
+    mixed.model.layers[1].mlp.up_proj = other
+    checkpoint.save(mixed, None, tmp_path / "a")
+    loaded = checkpoint.load(tmp_path / "a")
+    assert loaded.model.layers[1].mlp.up_proj.groupsize == 32
+    assert loaded.model.layers[0].mlp.up_proj.groupsize == 16
+    assert torch.equal(logits(loaded), logits(mixed))
 
 
 def test_pack_model_refuses_a_name_that_is_no_linear_layer() -> None:
@@ -311,7 +321,7 @@ def test_a_tensor_that_disagrees_with_the_config_is_named(
         (lambda c: c.update(hidden_size="wide"), "does not describe a model"),
         (lambda c: c.pop("model_type"), "names no model_type"),
         (lambda c: c.pop("quantization_config"), "no quantization_config"),
-        (lambda c: c["quantization_config"].update(quant_method="gptq"), "'gptq', not 'marlin'"),
+        (lambda c: c["quantization_config"].update(quant_method="fp8"), "'fp8', not one of marlin"),
         (lambda c: c["quantization_config"].update(bits=8), "bits 8, not 4"),
         (lambda c: c["quantization_config"].update(group_size=100), "group_size 100"),
         (lambda c: c["quantization_config"].update(group_size="64"), "group_size '64'"),

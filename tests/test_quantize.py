@@ -92,8 +92,65 @@ def test_scales_stay_finite_and_not_zero_at_the_ends_of_fp16(size: float) -> Non
         assert torch.isfinite(s).all() and (s > 0).all()
 
 
+def asymmetric(w: torch.Tensor, s: torch.Tensor, z: torch.Tensor, groupsize: int) -> torch.Tensor:
+    """Round w (n, k) to the grid of s and z (n, groups)."""
+    n, k = w.shape
+    group = torch.arange(k) // (k if groupsize == -1 else groupsize)
+    step, zero = s.float()[:, group], z.float()[:, group]
+    q = (w / torch.where(step > 0, step, 1) + zero).round().clamp(0, 15)
+    return (q - zero) * step
+
+
+@pytest.mark.parametrize("n, k, groupsize", SHAPES)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_searched_range_is_never_worse_than_the_full_one(
+    n: int, k: int, groupsize: int, dtype: torch.dtype
+) -> None:
+    w = weight(n, k) + torch.rand(n, 1)
+    s, z = quantize.grid_for(w, groupsize, dtype)
+    assert s.shape == z.shape == (n, quantize.num_groups(k, groupsize))
+    assert s.dtype == dtype and z.dtype == torch.uint8 and int(z.max()) <= 15
+    error = (asymmetric(w, s, z, groupsize) - w).square().sum()
+    padded = torch.nn.functional.pad(w, (0, -k % (k if groupsize == -1 else groupsize)))
+    groups = padded.view(n, s.shape[1], -1)
+    low, high = groups.amin(dim=2).clamp(max=0), groups.amax(dim=2).clamp(min=0)
+    full = ((high - low) / 15).to(dtype)
+    zero = (-low / full.float()).round().clamp(0, 15)
+    # The full range is a candidate; the sums are in float32, in another order.
+    assert error <= (1 + 1e-5) * (asymmetric(w, full, zero, groupsize) - w).square().sum()
+
+
+def test_the_range_of_weights_of_one_sign_starts_at_zero() -> None:
+    s, z = quantize.grid_for(torch.rand(4, 64) + 0.5, 32)
+    assert (z == 0).all() and (s > 0).all()
+    s, z = quantize.grid_for(-torch.rand(4, 64) - 0.5, 32)
+    assert (z == 15).all() and (s > 0).all()
+    s, z = quantize.grid_for(torch.zeros(4, 64), 32)
+    assert (z == 8).all() and (s == 0).all()
+
+
+@pytest.mark.parametrize("n, k, groupsize", SHAPES)
+def test_bf16_scales_are_searched_as_bf16(n: int, k: int, groupsize: int) -> None:
+    w = weight(n, k)
+    s = quantize.scales_for(w, groupsize, dtype=torch.bfloat16)
+    assert s.dtype == torch.bfloat16 and (s > 0).all()
+    error = (rounded(w, s, groupsize) - w).square().sum()
+    for rule in ("max/8", "max/7"):
+        fixed = quantize.scales_for(w, groupsize, rule, dtype=torch.bfloat16)
+        assert error <= (1 + 1e-5) * (rounded(w, fixed, groupsize) - w).square().sum()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_grid_keeps_scales_finite_and_not_zero(dtype: torch.dtype) -> None:
+    ends = torch.tensor([0.0, 1e-44, 1e-9, 1.0, 1e7, 3.4e38])
+    grid = quantize.to_grid(ends, dtype)
+    assert grid.dtype == dtype and torch.isfinite(grid).all()
+    assert (grid == 0).tolist() == [True] + 5 * [False]
+
+
 def test_no_rows_give_no_scales() -> None:
     assert quantize.scales_for(torch.empty(0, 64), 16).shape == (0, 4)
+    assert [t.shape for t in quantize.grid_for(torch.empty(0, 64), 16)] == [(0, 4), (0, 4)]
 
 
 @pytest.mark.parametrize(
@@ -103,6 +160,8 @@ def test_no_rows_give_no_scales() -> None:
         (lambda w: quantize.scales_for(w, 0), "groupsize is 0"),
         (lambda w: quantize.scales_for(w, 16, "best"), "rule is 'best'"),
         (lambda w: quantize.scales_for(w, importance=torch.ones(5)), r"needs \(64,\)"),
+        (lambda w: quantize.grid_for(w[0]), "grid_for: w has 1 dimensions"),
+        (lambda w: quantize.grid_for(w, 0), "groupsize is 0"),
         (lambda w: quantize.round_to_nearest(w, torch.ones(4, 3), 16), r"needs \(4, 4\)"),
         (lambda w: quantize.dequantize(w, torch.ones(3, 4), 16), r"needs \(4, 4\)"),
     ],

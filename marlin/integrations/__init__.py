@@ -1,2 +1,2 @@
-"""Marlin inside other projects. Each module imports its own host; nothing here is imported by the
-package itself."""
+"""Marlin inside other projects. Each module imports its own host; register.py alone is imported by
+the package itself, and waits until its host is."""
