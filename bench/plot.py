@@ -112,7 +112,7 @@ def limit_figure(results: dict[str, Any]) -> Any:
     axes.axhline(1, color="black", linewidth=0.8)
     axes.set_ylim(0, max(1.05, 1.05 * max(method.frac(row) for row in rows)))
     axes.set_ylabel(f"max(read the weights, 2MNK / {results['tflops']:g} TFLOP/s) / time")
-    axes.legend(fontsize=8.5, frameon=False, loc="upper center")  # between the two curves
+    axes.legend(fontsize=8.5, frameon=False, loc="lower right")  # under the curves
     return figure
 
 

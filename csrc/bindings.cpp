@@ -422,7 +422,9 @@ void run_on_cuda(const char* op, const Problem& p, const Hints& hints, const Ten
   Tensor partials;
   if (config.num_partials > 0) partials = at::empty({config.num_partials}, x.options().dtype(at::kFloat));
   float* const scratch = partials.defined() ? partials.data_ptr<float>() : nullptr;
-  const bool overlaps = cuda_options().overlap && device.capability >= 90;
+  // Not the kernel for Ampere, though it can: two of its CTAs fit on a multiprocessor, and those of the next launch pile up
+  // on some (docs/tried.md).
+  const bool overlaps = cuda_options().overlap && choice.backend == Backend::sm90;
 #ifdef MARLIN_WITH_SM90
   const Status status = choice.backend == Backend::sm90 ? run_sm90(p, config, overlaps, locks, scratch, stream)
                                                         : run_sm80(p, config, overlaps, locks, scratch, stream);

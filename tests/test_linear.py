@@ -74,7 +74,9 @@ def test_any_strides_of_x_are_fine(device):
         marlin.linear(x.transpose(0, 1), problem.B, problem.s), expected.transpose(0, 1)
     )
     one = x[0, 0].expand(3, 4, 256)
-    assert torch.equal(marlin.linear(one, problem.B, problem.s), expected[0, 0].expand(3, 4, 64))
+    # another number of tokens may be summed in another order
+    of_copies = marlin.linear(one.contiguous(), problem.B, problem.s)
+    assert torch.equal(marlin.linear(one, problem.B, problem.s), of_copies)
 
 
 def test_torch_ops_give_the_same(device):
