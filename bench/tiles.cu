@@ -114,7 +114,7 @@ std::vector<Config> ways(const Problem& p, int tile_idx, int num_sms) {
 }
 
 Status run_tile(const Problem& p, const Config& config, int32_t* locks, float* partials, cudaStream_t stream) {
-  return run_sm80(p, config, false, locks, partials, stream);
+  return run_sm80(p, config, locks, partials, stream);
 }
 
 // tile, features, tokens, teams, CTAs

@@ -233,7 +233,7 @@ enum class Backend : int { automatic = 0, sm80 = 80, sm90 = 90 };
 
 struct CudaOptions {
   std::atomic<Backend> backend{Backend::automatic};
-  std::atomic<bool> overlap{true};  // programmatic dependent launch
+  std::atomic<bool> overlap{true};  // programmatic dependent launch, of the kernel that knows it (Hopper's)
   std::atomic<int> tile_idx{-1};    // of the backend's table: for tests of each; -1 leaves the choice
 };
 
@@ -422,14 +422,12 @@ void run_on_cuda(const char* op, const Problem& p, const Hints& hints, const Ten
   Tensor partials;
   if (config.num_partials > 0) partials = at::empty({config.num_partials}, x.options().dtype(at::kFloat));
   float* const scratch = partials.defined() ? partials.data_ptr<float>() : nullptr;
-  // Not the kernel for Ampere, though it can: two of its CTAs fit on a multiprocessor, and those of the next launch pile up
-  // on some (docs/tried.md).
-  const bool overlaps = cuda_options().overlap && choice.backend == Backend::sm90;
 #ifdef MARLIN_WITH_SM90
-  const Status status = choice.backend == Backend::sm90 ? run_sm90(p, config, overlaps, locks, scratch, stream)
-                                                        : run_sm80(p, config, overlaps, locks, scratch, stream);
+  const Status status = choice.backend == Backend::sm90
+                            ? run_sm90(p, config, cuda_options().overlap, locks, scratch, stream)
+                            : run_sm80(p, config, locks, scratch, stream);
 #else
-  const Status status = run_sm80(p, config, overlaps, locks, scratch, stream);
+  const Status status = run_sm80(p, config, locks, scratch, stream);
 #endif
   TORCH_CHECK(status == Status::ok, op, ": ", status_text(status),
               status == Status::launch_failed ? std::string(": ") + cudaGetErrorString(cudaGetLastError()) : "");

@@ -107,13 +107,12 @@ struct Config {
 Config choose_config_sm80(const Problem& p, const Device& device, const Hints& hints);
 
 // Ampere, Ada, and anything newer. FP16. Asynchronous; stream is a cudaStream_t of the current device.
-// overlap, from Hopper on: the kernel may begin while the one before it in the stream still runs (programmatic dependent
-// launch): it reads weights and scales then, and all else when that one has finished.
-Status run_sm80(const Problem& p, const Config& config, bool overlap, int32_t* locks, float* partials, void* stream);
+Status run_sm80(const Problem& p, const Config& config, int32_t* locks, float* partials, void* stream);
 
 Config choose_config_sm90(const Problem& p, const Device& device, const Hints& hints);
 
-// Hopper. FP16. The same.
+// Hopper. FP16. The same; overlap: the kernel may begin while the one before it in the stream still runs (programmatic
+// dependent launch): it reads weights and scales then, and all else when that one has finished.
 Status run_sm90(const Problem& p, const Config& config, bool overlap, int32_t* locks, float* partials, void* stream);
 
 }  // namespace marlin

@@ -254,19 +254,6 @@ __device__ inline void barrier(int id) {
   }
 }
 
-// Programmatic dependent launch: the next kernel of the stream may start; the one before is done, its memory seen.
-__device__ inline void overlap_next_kernel() {
-#if __CUDA_ARCH__ >= 900
-  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
-#endif
-}
-
-__device__ inline void wait_for_previous_kernel() {
-#if __CUDA_ARCH__ >= 900
-  asm volatile("griddepcontrol.wait;" ::: "memory");
-#endif
-}
-
 // (word & mask) | bits in one instruction: 0xea is the truth table of (a & b) | c.
 template <uint32_t kMask, uint32_t kBits>
 __device__ inline uint32_t and_or(uint32_t word) {
@@ -315,7 +302,6 @@ struct Args {
   int k16_rows;          // K / 16
   uint32_t group_magic;  // ceil(2^32 / (group / 16)), which divides by __umulhi; 0 for channelwise
   bool wide_c;           // C takes 8-byte stores
-  bool overlap;          // the kernel before in the stream may still run
   int32_t* locks;
   float* partials;
 };
@@ -329,7 +315,6 @@ __global__ void __launch_bounds__(32 * kWarpsN * kWarpsM * kTeams, 1) marlin_ker
   static_assert(!kFew || (kBlocksN == 4 && kWarpsM == 1), "the loop for few tokens knows whole chunks only");
   static_assert(kFew || kBlocksM % 2 == 0, "ldmatrix brings two blocks");
 
-  overlap_next_kernel();
   const Problem& p = args.p;
   const int lane = threadIdx.x % 32, warp = __shfl_sync(0xffffffff, threadIdx.x / 32, 0);  // uniform: scalar registers
   const int team = kTeams == 1 ? 0 : warp / kTeamWarps, team_thread = threadIdx.x % kTeamThreads;
@@ -414,7 +399,7 @@ __global__ void __launch_bounds__(32 * kWarpsN * kWarpsM * kTeams, 1) marlin_ker
   };
 
   // In two parts, to be issued between the products of a stage: no branches.
-  auto issue_loads = [&](int part, bool weights = true) {
+  auto issue_loads = [&](int part) {
     const bool whole = load_k < args.whole_stages;  // neither K nor the columns of A end in it
     if (part == 0) {
       b_gmem += kTeams * STEPS * b_row_bytes;
@@ -422,9 +407,9 @@ __global__ void __launch_bounds__(32 * kWarpsN * kWarpsM * kTeams, 1) marlin_ker
       const uint32_t b_dst = made(b_wr + stage_wr);
 #pragma unroll
       for (int i = 0; i < STEPS; i += kRowsB) {
-        if (weights && b_rows > 0 && whole) cp_async16(b_dst + i * kPiecesB * 16, b_gmem + i * b_row_bytes);
+        if (b_rows > 0 && whole) cp_async16(b_dst + i * kPiecesB * 16, b_gmem + i * b_row_bytes);
       }
-      if (weights && s_mine) {  // past the end of K the last row, whose products are zero
+      if (s_mine) {  // past the end of K the last row, whose products are zero
         const uint32_t k16 = min(load_k * STEPS + s_k16, args.k16_rows - 1);
         const uint32_t s_byte = __umulhi(k16, args.group_magic) * s_row_bytes + s_column;
         cp_async16(b_dst + kSOffset, static_cast<const char*>(p.s) + s_byte);
@@ -747,29 +732,12 @@ __global__ void __launch_bounds__(32 * kWarpsN * kWarpsM * kTeams, 1) marlin_ker
       store_smem16(ring + stage + kSOffset + team_thread * 16, 0x3c003c00);
     }
   }
-#if __CUDA_ARCH__ >= 900
-  const bool overlaps = args.overlap;
-#else
-  constexpr bool overlaps = false;
-#endif
-  // Weights and scales do not depend on the kernel before: the first of them are copied while it may still run, what it may
-  // have written afterwards.
+  aim_loads(stripe_begin + team);
 #pragma unroll 1
-  for (int pass = overlaps ? 0 : 1; pass < 2; ++pass) {
-    if (pass == 1) wait_for_previous_kernel();
-    stage_wr = 0;
-    aim_loads(stripe_begin + team);
-#pragma unroll 1
-    for (int i = 0; i < kStages - 1; ++i) {
-      prepare_loads();
-      issue_loads(0, pass == 0 || !overlaps);
-      if (pass == 1) {
-        issue_loads(1);
-      } else {
-        stage_wr = next_stage(stage_wr);
-        load_k += kTeams;
-      }
-    }
+  for (int i = 0; i < kStages - 1; ++i) {
+    prepare_loads();
+#pragma unroll
+    for (int part = 0; part < 2; ++part) issue_loads(part);
   }
   if constexpr (!kFew) wait_for_stage();
 
@@ -814,7 +782,7 @@ __global__ void __launch_bounds__(32 * kWarpsN * kWarpsM * kTeams, 1) marlin_ker
 // ---------------------------------------------------------------------------------------------------------------------
 
 template <int kIdx>
-Status launch(const Args& args, int grid, bool overlap, cudaStream_t stream) {
+Status launch(const Args& args, int grid, cudaStream_t stream) {
   constexpr Tile kTile = kTiles[kIdx].tile;
   const auto kernel =
       marlin_kernel<kTile.blocks_n, kTile.blocks_m, kTile.warps_n, kTile.warps_m, kTile.teams, kTile.stages>;
@@ -822,30 +790,20 @@ Status launch(const Args& args, int grid, bool overlap, cudaStream_t stream) {
   if (cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kSmem) != cudaSuccess) {
     return Status::launch_failed;
   }
-  cudaLaunchConfig_t config = {};
-  config.gridDim = grid;
-  config.blockDim = 32 * kTile.warps();
-  config.dynamicSmemBytes = kSmem;
-  config.stream = stream;
-  cudaLaunchAttribute attribute;
-  attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  attribute.val.programmaticStreamSerializationAllowed = 1;
-  config.attrs = &attribute;
-  config.numAttrs = overlap ? 1 : 0;
-  return cudaLaunchKernelEx(&config, kernel, args) == cudaSuccess ? Status::ok : Status::launch_failed;
+  kernel<<<grid, 32 * kTile.warps(), kSmem, stream>>>(args);
+  return cudaGetLastError() == cudaSuccess ? Status::ok : Status::launch_failed;
 }
 
 template <int... kIdx>
-Status launch_any(const Args& args, int grid, bool overlap, int tile_idx, cudaStream_t stream,
-                  std::integer_sequence<int, kIdx...>) {
+Status launch_any(const Args& args, int grid, int tile_idx, cudaStream_t stream, std::integer_sequence<int, kIdx...>) {
   Status status = Status::no_config;
-  ((tile_idx == kIdx && (status = launch<kIdx>(args, grid, overlap, stream), true)) || ...);
+  ((tile_idx == kIdx && (status = launch<kIdx>(args, grid, stream), true)) || ...);
   return status;
 }
 
 }  // namespace
 
-Status run_sm80(const Problem& p, const Config& config, bool overlap, int32_t* locks, float* partials, void* stream) {
+Status run_sm80(const Problem& p, const Config& config, int32_t* locks, float* partials, void* stream) {
   // Offsets inside a tile, and of scales, are 32-bit; the index of a stage in the line is an int.
   constexpr int64_t kMaxSize = int64_t{1} << 22, kMaxTotal = INT_MAX / 2;
   if (check_shape(p) != Status::ok || (p.group != p.K && p.group % SCALE_K != 0)) return Status::bad_shape;
@@ -869,8 +827,8 @@ Status run_sm80(const Problem& p, const Config& config, bool overlap, int32_t* l
     rest.M = p.M - head;
     rest.A = static_cast<const half*>(p.A) + head * p.lda;
     rest.C = static_cast<half*>(p.C) + head * p.N_C;
-    const Status status = run_sm80(first, config, overlap, locks, partials, stream);
-    return status != Status::ok ? status : run_sm80(rest, config, overlap, locks, partials, stream);
+    const Status status = run_sm80(first, config, locks, partials, stream);
+    return status != Status::ok ? status : run_sm80(rest, config, locks, partials, stream);
   }
   const int64_t total = stages * slices * token_tiles;
   const int grid = static_cast<int>(total < config.grid ? total : config.grid);
@@ -888,8 +846,7 @@ Status run_sm80(const Problem& p, const Config& config, bool overlap, int32_t* l
   args.wide_c = p.N_C % 4 == 0 && aligned(p.C, 8);
   args.locks = locks;
   args.partials = partials;
-  args.overlap = overlap && p.K % STAGE_K == 0 && p.K_A == p.K;  // else early copies of weights would touch A
-  return launch_any(args, grid, overlap, config.tile_idx, static_cast<cudaStream_t>(stream),
+  return launch_any(args, grid, config.tile_idx, static_cast<cudaStream_t>(stream),
                     std::make_integer_sequence<int, kNumTiles>());
 }
 
