@@ -43,6 +43,7 @@ enum class Status : int {
   bad_shape,      // N, K, group or the sizes of A and C against them
   bad_alignment,  // A, B or s not 16-byte aligned, or lda not a multiple of 8
   bad_dtype,      // the backend has no kernel for dtype
+  bad_option,     // zero points, or an order of the rows, that the backend does not take
   no_config,      // nothing in the backend's table fits the device
   launch_failed,  // the CUDA runtime refused the launch
 };
@@ -53,6 +54,7 @@ constexpr const char* status_text(Status status) {
     case Status::bad_shape: return "the sizes do not fit the packed format";
     case Status::bad_alignment: return "a pointer or row stride is not 16-byte aligned";
     case Status::bad_dtype: return "this backend has no kernel for the dtype";
+    case Status::bad_option: return "this backend takes neither zero points nor an order of the rows";
     case Status::no_config: return "no configuration fits this device";
     case Status::launch_failed: return "the CUDA runtime refused the launch";
   }
@@ -105,6 +107,17 @@ struct Config {
 };
 
 Config choose_config_sm80(const Problem& p, const Device& device, const Hints& hints);
+
+inline bool is_aligned(const void* pointer, int bytes) { return reinterpret_cast<uintptr_t>(pointer) % bytes == 0; }
+
+// What every kernel asks of a problem.
+inline Status check_for_cuda(const Problem& p) {
+  if (check_shape(p) != Status::ok) return Status::bad_shape;
+  if (p.dtype != DType::f16 || p.scale_dtype != DType::f16) return Status::bad_dtype;
+  if (p.z != nullptr || p.perm != nullptr) return Status::bad_option;
+  const bool operands = is_aligned(p.A, 16) && is_aligned(p.B, 16) && is_aligned(p.s, 16) && is_aligned(p.C, 2);
+  return p.M == 0 || (operands && (p.lda % 8 == 0 || p.M == 1)) ? Status::ok : Status::bad_alignment;
+}
 
 // Ampere, Ada, and anything newer. FP16. Asynchronous; stream is a cudaStream_t of the current device.
 Status run_sm80(const Problem& p, const Config& config, int32_t* locks, float* partials, void* stream);

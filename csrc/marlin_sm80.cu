@@ -806,15 +806,12 @@ Status launch_any(const Args& args, int grid, int tile_idx, cudaStream_t stream,
 Status run_sm80(const Problem& p, const Config& config, int32_t* locks, float* partials, void* stream) {
   // Offsets inside a tile, and of scales, are 32-bit; the index of a stage in the line is an int.
   constexpr int64_t kMaxSize = int64_t{1} << 22, kMaxTotal = INT_MAX / 2;
-  if (check_shape(p) != Status::ok || (p.group != p.K && p.group % SCALE_K != 0)) return Status::bad_shape;
+  const Status status = check_for_cuda(p);
+  if (status != Status::ok || p.M == 0) return status;
+  if (p.group != p.K && p.group % SCALE_K != 0) return Status::bad_shape;
   if (p.N > kMaxSize || p.K > kMaxSize || p.lda > kMaxSize || p.K / p.group * p.N > UINT_MAX / 2)
     return Status::bad_shape;
-  if (p.dtype != DType::f16) return Status::bad_dtype;
-  if (p.M == 0) return Status::ok;
   if (config.tile_idx < 0 || config.tile_idx >= kNumTiles || config.grid < 1) return Status::no_config;
-  const auto aligned = [](const void* pointer, int bytes) { return reinterpret_cast<uintptr_t>(pointer) % bytes == 0; };
-  if (!aligned(p.A, 16) || !aligned(p.B, 16) || !aligned(p.s, 16) || !aligned(p.C, 2)) return Status::bad_alignment;
-  if (p.lda % 8 != 0 && p.M > 1) return Status::bad_alignment;
 
   const Tile& tile = kTiles[config.tile_idx].tile;
   const int64_t stages = ceil_div(p.K, STAGE_K), slices = ceil_div(p.N, tile.features());
@@ -827,8 +824,8 @@ Status run_sm80(const Problem& p, const Config& config, int32_t* locks, float* p
     rest.M = p.M - head;
     rest.A = static_cast<const half*>(p.A) + head * p.lda;
     rest.C = static_cast<half*>(p.C) + head * p.N_C;
-    const Status status = run_sm80(first, config, locks, partials, stream);
-    return status != Status::ok ? status : run_sm80(rest, config, locks, partials, stream);
+    const Status head_status = run_sm80(first, config, locks, partials, stream);
+    return head_status != Status::ok ? head_status : run_sm80(rest, config, locks, partials, stream);
   }
   const int64_t total = stages * slices * token_tiles;
   const int grid = static_cast<int>(total < config.grid ? total : config.grid);
@@ -843,7 +840,7 @@ Status run_sm80(const Problem& p, const Config& config, int32_t* locks, float* p
   args.k_a = static_cast<int>(p.K_A);
   args.lda = static_cast<int>(p.lda);
   args.group_magic = p.group == p.K ? 0 : static_cast<uint32_t>(ceil_div(int64_t{1} << 32, p.group / 16));
-  args.wide_c = p.N_C % 4 == 0 && aligned(p.C, 8);
+  args.wide_c = p.N_C % 4 == 0 && is_aligned(p.C, 8);
   args.locks = locks;
   args.partials = partials;
   return launch_any(args, grid, config.tile_idx, static_cast<cudaStream_t>(stream),

@@ -10,9 +10,10 @@
 //   producer   warp 0 copies weights and scales by tensor maps, warp 1 the activations, as far ahead as the ring is deep
 //   group      kGroups warpgroups side by side own 64 kBlocks features each, and all kTokens tokens of the tile
 //   team       kTeams of these take the stages in turn; their sums meet when a tile of C ends
-//   stripe     tiles of C that do not fill a round of all CTAs form one line of stages, cut into equal stripes, one per CTA;
-//              a tile cut by the border of a stripe is summed in FP32, always in the same order, by the CTA that began its
-//              part last. Whole tiles come after the stripes.
+//   cluster    one CTA, or two that take the stages of a tile in turn and send each other half of their sums
+//   stripe     tiles of C that do not fill a round of all clusters form one line of stages, cut into equal stripes, one per
+//              cluster; a tile cut by the border of a stripe is summed in FP32, always in the same order, by the cluster that
+//              comes last to the end of its part. Whole tiles come after the stripes.
 #include <initializer_list>
 
 #include "marlin.h"
@@ -334,13 +335,15 @@ __device__ inline void wait_for_previous_kernel() { asm volatile("griddepcontrol
 
 // d += a b: 64 features x kTokens tokens; a from registers, b a descriptor of shared memory.
 template <int kTokens>
-__device__ inline void wgmma(float (&d)[kTokens / 2], const uint32_t (&a)[4], uint64_t b){
-    WGMMA(8, TEXT4, "%4, %5, %6, %7", "%8", D4(0)) WGMMA(16, TEXT8, "%8, %9, %10, %11", "%12", D8(0))
-        WGMMA(32, TEXT16, "%16, %17, %18, %19", "%20", D16(0))
-            WGMMA(48, TEXT24, "%24, %25, %26, %27", "%28", D16(0), D8(16))
-                WGMMA(64, TEXT32, "%32, %33, %34, %35", "%36", D32(0))
-                    WGMMA(96, TEXT48, "%48, %49, %50, %51", "%52", D32(0), D16(32))
-                        WGMMA(128, TEXT64, "%64, %65, %66, %67", "%68", D32(0), D32(32))}
+__device__ inline void wgmma(float (&d)[kTokens / 2], const uint32_t (&a)[4], uint64_t b) {
+  WGMMA(8, TEXT4, "%4, %5, %6, %7", "%8", D4(0));
+  WGMMA(16, TEXT8, "%8, %9, %10, %11", "%12", D8(0));
+  WGMMA(32, TEXT16, "%16, %17, %18, %19", "%20", D16(0));
+  WGMMA(48, TEXT24, "%24, %25, %26, %27", "%28", D16(0), D8(16));
+  WGMMA(64, TEXT32, "%32, %33, %34, %35", "%36", D32(0));
+  WGMMA(96, TEXT48, "%48, %49, %50, %51", "%52", D32(0), D16(32));
+  WGMMA(128, TEXT64, "%64, %65, %66, %67", "%68", D32(0), D32(32));
+}
 
 // The right operand: rows (tokens) of 128 bytes, 16-byte pieces permuted as the tensor map's 128-byte swizzle does, eight
 // rows every 1024 bytes. A k16 step further is 32 bytes on: 2 in the descriptor's unit.
@@ -409,15 +412,14 @@ struct Segment {
 struct Walk {
   int unit, unit_end;  // of the stripe, counted in stages from the first striped tile
   int tile;
+  int clusters;  // tiles from one whole tile to the next
 
-  int rounds;  // tiles from one whole tile to the next
-
-  __device__ Walk(const Args& args, int cluster, int clusters) {
+  __device__ Walk(const Args& args, int cluster, int num_clusters) {
     const bool striped = cluster < args.stripes;
     unit = striped ? cluster * args.stripe + min(cluster, args.longer) : 0;
     unit_end = striped ? unit + args.stripe + (cluster < args.longer) : 0;
     tile = cluster;
-    rounds = clusters;
+    clusters = num_clusters;
   }
 
   __device__ bool more(const Args& args) const { return unit < unit_end || tile < args.whole_tiles; }
@@ -433,7 +435,7 @@ struct Walk {
     }
     if (tile >= args.whole_tiles) return false;
     segment = {tile, 0, args.k_stages};
-    tile += rounds;
+    tile += clusters;
     return true;
   }
 };
@@ -650,12 +652,8 @@ __global__ void __launch_bounds__(128 * (kGroups * kTeams + 1), 1) marlin_kernel
           add_smem(acc[i] + 4 * j, slot + (j * kBlocks + i) * (kConsumers * 16));
         }
       }
-    }
-  };
-  auto free_inbox = [&] {
-    if constexpr (kCluster > 1) {
-      __syncwarp();
-      if (lane == 0 && mine_blocks > 0 && walk.more(args)) barrier_arrive_remote(in_cta(inbox_free, rank ^ 1));
+      __syncwarp();  // this warp has read its mail: there is room for more, if more will come
+      if (lane == 0 && mine_blocks > 0 && walk.more(args)) barrier_arrive_remote(in_cta(inbox_free, peer));
     }
   };
 
@@ -795,7 +793,6 @@ __global__ void __launch_bounds__(128 * (kGroups * kTeams + 1), 1) marlin_kernel
     const Corner corner = corner_of(args, segment.tile, kFeatures, kTokens);
     reduce_in_cta();
     reduce_in_cluster();
-    free_inbox();
     if (shared) {
       if (threadIdx.x == 0) ticket_smem = ticket;
       named_barrier(1, kConsumers);
@@ -827,9 +824,8 @@ __global__ void __launch_bounds__(128 * (kGroups * kTeams + 1), 1) marlin_kernel
       for (int base = 0; base < kVectors; base += kBatch) {
         float sum[kBatch][4] = {};
         int offset = base * kConsumers;
-        asm volatile(
-            ""
-            : "+r"(offset));  // addresses are made here, not ahead of the loops above, where registers are dear
+        // hidden, so that addresses are made here, not ahead of the loops above, where registers are dear
+        asm volatile("" : "+r"(offset));
         auto add_partials = [&](int begin, int end) {
 #pragma unroll 1
           for (int owner0 = begin; owner0 < end; owner0 += kOwners) {
@@ -944,22 +940,17 @@ Status launch_any(const Args& args, int grid, bool overlap, int tile_idx, cudaSt
 }  // namespace
 
 Status run_sm90(const Problem& p, const Config& config, bool overlap, int32_t* locks, float* partials, void* stream) {
-  if (check_shape(p) != Status::ok) return Status::bad_shape;
-  if (p.dtype != DType::f16) return Status::bad_dtype;
-  if (p.M == 0) return Status::ok;
+  const Status status = check_for_cuda(p);
+  if (status != Status::ok || p.M == 0) return status;
   if (config.tile_idx < 0 || config.tile_idx >= kNumTiles || config.grid < 1) return Status::no_config;
-  const auto aligned = [](const void* pointer, int bytes) { return reinterpret_cast<uintptr_t>(pointer) % bytes == 0; };
-  if (!aligned(p.A, 16) || !aligned(p.B, 16) || !aligned(p.s, 16) || !aligned(p.C, 2)) return Status::bad_alignment;
-  if (p.lda % 8 != 0 && p.M > 1) return Status::bad_alignment;
 
   const Tile& tile = kTiles[config.tile_idx].tile;
   const int64_t stages = ceil_div(p.K, tile.stage_k() * tile.cluster), slices = ceil_div(p.N, tile.features());
   const int64_t token_tiles = ceil_div(p.M, tile.tokens), tiles = slices * token_tiles;
-  if (tiles * stages > INT_MAX / 2 || p.M > INT_MAX / 2 || p.N > INT_MAX / 2 || p.K > INT_MAX / 2)
+  if (!takes_group(tile, p) || tiles * stages > INT_MAX / 2 || p.M > INT_MAX / 2 || p.N > INT_MAX / 2 ||
+      p.K > INT_MAX / 2)
     return Status::bad_shape;
   const bool grouped = p.group != p.K;
-  if (!takes_group(tile, p)) return Status::bad_shape;
-
   Args args{};
   args.p = p;
   args.k_stages = static_cast<int>(stages);
@@ -982,7 +973,7 @@ Status run_sm90(const Problem& p, const Config& config, bool overlap, int32_t* l
     while (tile.stage_k() >> args.group_shift > rows) ++args.group_shift;
     args.group_stages = static_cast<int>(p.group < tile.stage_k() ? 1 : p.group / tile.stage_k());
   }
-  args.wide_c = p.N_C % 8 == 0 && aligned(p.C, 16);
+  args.wide_c = p.N_C % 8 == 0 && is_aligned(p.C, 16);
   args.locks = locks;
   args.partials = partials;
 
