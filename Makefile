@@ -88,6 +88,7 @@ cpu-bench: build
 
 gpu-check: need-gpu
 	$(PY) -m pytest
+	$(PY) bench/bench.py --host $(ARGS)
 	$(PY) bench/bench.py --host --backend sm80 $(ARGS)
 
 gpu-sanitize: need-gpu

@@ -289,19 +289,15 @@ def measure_shape(
             marlin.mul(A, B[i], C, s[i], workspace)
 
         def without_overlap(i: int, call: Launch = ours) -> None:
-            _C.set_cuda_options(backend=args.backend, overlap=False)
+            before = _C.set_cuda_options(backend=args.backend, overlap=False, tile_idx=-1)
             call(i)
-            _C.set_cuda_options(backend=args.backend)
+            _C.set_cuda_options(*before)
 
         # A small kernel between the calls, which overlaps with neither.
         def tick(i: int) -> None:
             ticks.add_(1)
 
-        def isolated(i: int, call: Launch = ours) -> None:
-            call(i)
-            tick(i)
-
-        def isolated_without_overlap(i: int, call: Launch = without_overlap) -> None:
+        def isolated(i: int, call: Launch) -> None:
             call(i)
             tick(i)
 
@@ -314,7 +310,8 @@ def measure_shape(
         if overlaps:
             _, copies_, guess = calls[1]
             calls += [(without_overlap, copies_, guess), (tick, copies_, 1.5)]
-            calls += [(isolated, copies_, guess), (isolated_without_overlap, copies_, guess)]
+            for call in (ours, without_overlap):
+                calls.append((functools.partial(isolated, call=call), copies_, guess))
         (cublas_time, _), (our_time, graph), *others = launch_us(calls, args.replays, args.seconds)
 
         C.fill_(float("nan"))

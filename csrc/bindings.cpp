@@ -237,11 +237,17 @@ struct CudaOptions {
   std::atomic<int> tile_idx{-1};    // of the backend's table: for tests of each; -1 leaves the choice
 };
 
+constexpr std::pair<const char*, Backend> kBackends[] = {
+    {"auto", Backend::automatic}, {"sm80", Backend::sm80}, {"sm90", Backend::sm90}};
+
 Backend backend_of(const std::string& name, const char* what) {
-  if (name == "auto") return Backend::automatic;
-  if (name == "sm80") return Backend::sm80;
-  TORCH_CHECK_VALUE(name == "sm90", what, " is '", name, "' but should be auto, sm80 or sm90");
-  return Backend::sm90;
+  for (const auto& [known, backend] : kBackends)
+    if (name == known) return backend;
+  TORCH_CHECK_VALUE(false, what, " is '", name, "' but should be auto, sm80 or sm90");
+}
+
+const char* backend_name(Backend backend) {
+  return std::find_if(std::begin(kBackends), std::end(kBackends), [&](auto& b) { return b.second == backend; })->first;
 }
 
 CudaOptions& cuda_options() {
@@ -714,14 +720,16 @@ PYBIND11_MODULE(_C, m) {
   };
   def_choose("choose_config_sm80", &choose_config<choose_config_sm80>);
   def_choose("choose_config_sm90", &choose_config<choose_config_sm90>);
+  // Returns what it replaces, in the order of its arguments.
   m.def(
       "set_cuda_options",
       [](const std::string& backend, bool overlap, int tile_idx) {
-        cuda_options().backend = backend_of(backend, "marlin.set_cuda_options: backend");
-        cuda_options().overlap = overlap;
-        cuda_options().tile_idx = tile_idx;
+        CudaOptions& options = cuda_options();
+        const Backend before = options.backend.exchange(backend_of(backend, "marlin.set_cuda_options: backend"));
+        return std::make_tuple(backend_name(before), options.overlap.exchange(overlap),
+                               options.tile_idx.exchange(tile_idx));
       },
-      py::arg("backend") = "auto", py::arg("overlap") = true, py::arg("tile_idx") = -1);
+      py::arg("backend"), py::arg("overlap"), py::arg("tile_idx"));
   m.def("has_cuda", [] { return kWithCuda; });
   m.def("cpu_isa", [] { return kIsaNames[current_isa().load()]; });
   m.def(

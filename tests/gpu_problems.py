@@ -128,11 +128,11 @@ def cases_of_all_configs() -> dict[Kind, Case]:
 @contextlib.contextmanager
 def forced(backend: str, tile_idx: int = -1, overlap: bool = True) -> Iterator[None]:
     """Calls run on this backend and tile."""
-    _C.set_cuda_options(backend=backend, tile_idx=tile_idx, overlap=overlap)
+    before = _C.set_cuda_options(backend, overlap, tile_idx)
     try:
         yield
     finally:
-        _C.set_cuda_options()
+        _C.set_cuda_options(*before)
 
 
 MAX_TILES = 32  # more than any table has
