@@ -21,6 +21,7 @@ DEFAULT_ARCHS = "8.0;8.6;8.9;9.0"
 KERNELS: dict[str, tuple[str, ...] | None] = {
     "marlin_sm80.cu": None,
     "marlin_sm90.cu": ("9.0a",),
+    "marlin_sm90_few.cu": ("9.0a",),
 }
 
 

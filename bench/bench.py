@@ -384,7 +384,12 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("--shapes", type=method.parse_shapes, default=method.SHAPES, help="KxN,KxN")
     add("--M", type=method.parse_ints, default=method.TOKENS, help="as 1,16,64")
     add("--group", type=method.parse_ints, default=[method.GROUP], help="as 128,-1 (default 128)")
-    add("--backend", choices=["auto", "sm80", "sm90"], default="auto", help="kernel to force")
+    add(
+        "--backend",
+        choices=["auto", "sm80", "sm90", "sm90_few"],
+        default="auto",
+        help="kernel to force",
+    )
     add("--replays", type=int, default=40, help="of each graph at most (default 40)")
     add("--seconds", type=float, default=0.6, help="for the replays of a row (default 0.6)")
     add("--quick", action="store_true", help="at most 9 replays and 0.15 s a row")

@@ -1,6 +1,7 @@
 // tiles.cu: the time of every tile of a kernel file at every shape: what its choose_config's constants are fitted to.
 //
-// Includes csrc/marlin_sm90.cu with -DSM90, else csrc/marlin_sm80.cu, to reach all of its table. bench/tiles.py compiles it,
+// Includes csrc/marlin_sm90.cu with -DSM90, csrc/marlin_sm90_few.cu with -DSM90_FEW, else csrc/marlin_sm80.cu, to reach all of
+// its table. bench/tiles.py compiles it,
 // runs it, and fits. Prints a line for each K, N, M, tile and way to deal it out: K,N,M,tile, the columns that
 // print_tile writes, us. Weights are cold: a graph of launches goes round copies of 256 MB or more in all. Of each timed
 // product 1024 elements are compared with float64.
@@ -12,6 +13,8 @@
 
 #ifdef SM90
 #include "../csrc/marlin_sm90.cu"
+#elif defined(SM90_FEW)
+#include "../csrc/marlin_sm90_few.cu"
 #else
 #include "../csrc/marlin_sm80.cu"
 #endif
@@ -98,6 +101,32 @@ void print_tile(const Tile& tile, const Config& config) {
               config.stripes);
 }
 
+#elif defined(SM90_FEW)
+
+constexpr bool kOverlap = true;  // these are so short that one is never alone
+
+int tile_tokens(const Tile& tile) { return tile.tokens; }
+
+// Numbers of CTAs: the most of which each has whole tiles, or each tile an equal part, and all.
+std::vector<Config> ways(const Problem& p, int tile_idx, int num_sms) {
+  const Tile& tile = kTiles[tile_idx].tile;
+  if (p.M > tile.tokens) return {};
+  const int all = num_sms * tile.per_sm, even = even_stripes(ceil_div(p.N, TILE_N), all);
+  std::vector<Config> configs = {make_candidate(p, tile_idx, even).config};
+  if (even < all) configs.push_back(make_candidate(p, tile_idx, all).config);
+  return configs;
+}
+
+Status run_tile(const Problem& p, const Config& config, int32_t* locks, float*, cudaStream_t stream) {
+  return run_sm90_few(p, config, kOverlap, locks, stream);
+}
+
+// tile, features, tokens, warps, CTAs
+void print_tile(const Tile& tile, const Config& config) {
+  std::printf("%dx%dx%dx%d,%d,%d,%d,%d", tile.tokens, tile.warps, tile.stages, tile.per_sm, TILE_N, tile.tokens,
+              tile.warps, config.grid);
+}
+
 #else
 
 int tile_tokens(const Tile& tile) { return tile.tokens(); }
@@ -136,7 +165,7 @@ int run() {
   constexpr int kShapes[][2] = {{4096, 4096}, {4096, 6144},  {4096, 28672}, {14336, 4096},
                                 {8192, 8192}, {8192, 57344}, {28672, 8192}};
   constexpr int kTokens[] = {1, 8, 16, 32, 48, 64, 96, 128, 256, 512, 1024, 2048, 4096, 8192};
-  constexpr size_t kWords = size_t{200} << 20, kScales = size_t{32} << 20;
+  constexpr size_t kWords = size_t{200} << 20, kScales = size_t{32} << 20, kLocks = size_t{1} << 20;
   int num_sms = 0, smem_bytes = 0;
   check(cudaDeviceGetAttribute(&num_sms, cudaDevAttrMultiProcessorCount, 0));
   check(cudaDeviceGetAttribute(&smem_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, 0));
@@ -149,10 +178,10 @@ int run() {
   half* const scales = allocate<half>(kScales);
   half* const A = allocate<half>(size_t{8192} * 28672);
   half* const C = allocate<half>(size_t{8192} * 57344);
-  int32_t* const locks = allocate<int32_t>(4096);
+  int32_t* const locks = allocate<int32_t>(kLocks);
   float* const partials = allocate<float>(size_t{64} << 20);
   double* const sums = allocate<double>(2);
-  check(cudaMemsetAsync(locks, 0, 4096 * sizeof(int32_t), stream));
+  check(cudaMemsetAsync(locks, 0, kLocks * sizeof(int32_t), stream));
   fill_words<<<1024, 256, 0, stream>>>(words, kWords);
   fill_halves<<<1024, 256, 0, stream>>>(scales, kScales, 2, 0.002f, 0.012f);
   fill_halves<<<1024, 256, 0, stream>>>(A, size_t{8192} * 28672, 3, -1.0f, 1.0f);

@@ -2,7 +2,7 @@
 
     python bench/tiles.py --save bench/results/tiles/nvidia-h200.csv   # measures, about 15 s
     python bench/tiles.py --times bench/results/tiles/nvidia-h200.csv  # fits what was measured
-    python bench/tiles.py --backend sm90 ...                           # csrc/marlin_sm90.cu's
+    python bench/tiles.py --backend sm90 ...       # of csrc/marlin_sm90.cu; or sm90_few
 
 Prints the rows of kTiles, and what the choice by them costs over the best tile of each row. The
 models are those of make_candidate in the kernel files. Depends on numpy and scipy; to measure, also
@@ -104,15 +104,44 @@ class TimeSm90(Time):
         return start_us + max(compute_us, self.memory_us) + sharers * sharer_us
 
 
-TIMES: dict[str, type[TimeSm80] | type[TimeSm90]] = {"sm80": TimeSm80, "sm90": TimeSm90}
+@dataclass(frozen=True)
+class TimeSm90Few(Time):
+    """Of csrc/marlin_sm90_few.cu."""
+
+    warps: int
+    ctas: int
+    us: float
+
+    FIRST_GUESS = (0.05, 0.5, 0.5, 2.0)  # stage_us, tile_us, sharer_us, start_us
+
+    def predict(self, stage_us: float, tile_us: float, sharer_us: float, start_us: float) -> float:
+        """Microseconds by the model."""
+        stages = -(-self.K // STAGE_K)
+        stripes = min(self.ctas, stages * self.tiles)
+        stripe = -(-stages * self.tiles // stripes)
+        if self.tiles % stripes == 0:
+            sharers, ends = 0, self.tiles // stripes
+        elif stripes % self.tiles == 0:
+            sharers, ends = stripes // self.tiles, 1
+        else:
+            sharers, ends = -(-stripes // self.tiles) + 1, -(-stripe // stages) + 1
+        compute_us = -(-stripe // self.warps) * self.warps * stage_us + ends * tile_us
+        return start_us + max(compute_us, self.memory_us) + sharers * sharer_us
+
+
+TIMES: dict[str, type[TimeSm80] | type[TimeSm90] | type[TimeSm90Few]] = {
+    "sm80": TimeSm80,
+    "sm90": TimeSm90,
+    "sm90_few": TimeSm90Few,
+}
 
 
 def measure(backend: str) -> str:
     """Compiles tiles.cu for this machine's GPU, runs it, returns its lines."""
     program = HERE.parent / "build" / "bench" / f"tiles-{backend}"
     program.parent.mkdir(parents=True, exist_ok=True)
-    target = ["-DSM90", "-gencode=arch=compute_90a,code=sm_90a"]
-    flags = target if backend == "sm90" else ["-arch=native"]
+    hopper = [f"-D{backend.upper()}", "-gencode=arch=compute_90a,code=sm_90a"]
+    flags = ["-arch=native"] if backend == "sm80" else hopper
     command = ["nvcc", "-std=c++17", "-O3", *flags, str(HERE / "tiles.cu"), "-o", str(program)]
     subprocess.run(command, check=True)
     return subprocess.run([str(program)], check=True, capture_output=True, text=True).stdout

@@ -229,21 +229,21 @@ void run_on_cpu(const char* op, const Problem& p) {
 // ---------------------------------------------------------------------------------------------------------------------
 
 // What the environment and tests say about the kernels. Read by every call, so that one process can compare.
-enum class Backend : int { automatic = 0, sm80 = 80, sm90 = 90 };
+enum class Backend : int { automatic, sm80, sm90, sm90_few };
 
 struct CudaOptions {
   std::atomic<Backend> backend{Backend::automatic};
-  std::atomic<bool> overlap{true};  // programmatic dependent launch, of the kernel that knows it (Hopper's)
+  std::atomic<bool> overlap{true};  // programmatic dependent launch, of the kernels that know it (Hopper's)
   std::atomic<int> tile_idx{-1};    // of the backend's table: for tests of each; -1 leaves the choice
 };
 
 constexpr std::pair<const char*, Backend> kBackends[] = {
-    {"auto", Backend::automatic}, {"sm80", Backend::sm80}, {"sm90", Backend::sm90}};
+    {"auto", Backend::automatic}, {"sm80", Backend::sm80}, {"sm90", Backend::sm90}, {"sm90_few", Backend::sm90_few}};
 
 Backend backend_of(const std::string& name, const char* what) {
   for (const auto& [known, backend] : kBackends)
     if (name == known) return backend;
-  TORCH_CHECK_VALUE(false, what, " is '", name, "' but should be auto, sm80 or sm90");
+  TORCH_CHECK_VALUE(false, what, " is '", name, "' but should be auto, sm80, sm90 or sm90_few");
 }
 
 const char* backend_name(Backend backend) {
@@ -286,14 +286,14 @@ const Device& device_info(int index) {
   return *devices[index];
 }
 
-// Zeroed int32 counters for the kernels, which leave them zeroed. The caller's workspace is not used: frameworks re-create
+// Zeroed int32 words for the kernels, counters most of them, which leave them zeroed. The caller's workspace is not used: frameworks re-create
 // such buffers uninitialised, and one that is not zero would spoil the result.
 //
 // Launches of one stream follow one another, so one set of counters serves them all; two streams never share one. A launch
 // that is captured into a graph may be replayed at any time and on any stream, so it must not share with eager launches
 // either: each (stream, capture) has a set of its own, two streams forked inside one capture have two. The sets are cut from
 // blocks of CUDA's own allocator, zeroed once and never given back, since nobody tells when the last replay is over: 1 KB
-// for each capture. Torch's allocator would not do: under capture it serves from the graph's private pool, where
+// for each capture, up to 1 MB if one of at most 8 tokens is among its products. Torch's allocator would not do: under capture it serves from the graph's private pool, where
 // torch.compile's graphs tolerate nothing that outlives the call, and a set zeroed in each call costs a launch.
 class LockPool {
  public:
@@ -379,21 +379,28 @@ struct Choice {
   Config config;
 };
 
-// Hopper's own kernel takes what it can; at a few tokens the other one is faster there too (bench/results).
+// Hopper's own kernels take what they can; at 9 to 16 tokens the one for Ampere is faster there too (bench/results).
 Choice choose(const Problem& p, const Device& device, const Hints& hints, Backend wish) {
-#ifdef MARLIN_WITH_SM90
   constexpr int64_t kFewTokens = 16;
-  if (wish == Backend::sm90 || (wish == Backend::automatic && p.M > kFewTokens)) {
-    Config config = choose_config_sm90(p, device, hints);
+  const auto try_backend = [&](Backend backend, auto choose_config) -> Choice {
+    Config config = choose_config(p, device, hints);
     // the caller's hints are wishes only
-    if (config.tile_idx < 0 && hints.tile_idx < 0) config = choose_config_sm90(p, device, Hints{});
-    if (config.tile_idx >= 0 || wish == Backend::sm90) return {Backend::sm90, config};
+    if (config.tile_idx < 0 && hints.tile_idx < 0) config = choose_config(p, device, Hints{});
+    return {backend, config};
+  };
+  const bool automatic = wish == Backend::automatic;
+#ifdef MARLIN_WITH_SM90
+  if (wish == Backend::sm90_few || automatic) {
+    const Choice choice = try_backend(Backend::sm90_few, choose_config_sm90_few);
+    if (!automatic || choice.config.tile_idx >= 0) return choice;
+  }
+  if (wish == Backend::sm90 || (automatic && p.M > kFewTokens)) {
+    const Choice choice = try_backend(Backend::sm90, choose_config_sm90);
+    if (!automatic || choice.config.tile_idx >= 0) return choice;
   }
 #endif
-  if (wish == Backend::sm90) return {Backend::sm90, {}};
-  Config config = choose_config_sm80(p, device, hints);
-  if (config.tile_idx < 0 && hints.tile_idx < 0) config = choose_config_sm80(p, device, Hints{});
-  return {Backend::sm80, config};
+  if (!automatic && wish != Backend::sm80) return {wish, {}};
+  return try_backend(Backend::sm80, choose_config_sm80);
 }
 
 // The choice tries every tile, which takes longer than a launch: what it said is kept, by thread.
@@ -428,13 +435,15 @@ void run_on_cuda(const char* op, const Problem& p, const Hints& hints, const Ten
   Tensor partials;
   if (config.num_partials > 0) partials = at::empty({config.num_partials}, x.options().dtype(at::kFloat));
   float* const scratch = partials.defined() ? partials.data_ptr<float>() : nullptr;
+  const bool overlap = cuda_options().overlap;
+  Status status = Status::no_config;
+  switch (choice.backend) {
 #ifdef MARLIN_WITH_SM90
-  const Status status = choice.backend == Backend::sm90
-                            ? run_sm90(p, config, cuda_options().overlap, locks, scratch, stream)
-                            : run_sm80(p, config, locks, scratch, stream);
-#else
-  const Status status = run_sm80(p, config, locks, scratch, stream);
+    case Backend::sm90_few: status = run_sm90_few(p, config, overlap, locks, stream); break;
+    case Backend::sm90: status = run_sm90(p, config, overlap, locks, scratch, stream); break;
 #endif
+    default: status = run_sm80(p, config, locks, scratch, stream);
+  }
   TORCH_CHECK(status == Status::ok, op, ": ", status_text(status),
               status == Status::launch_failed ? std::string(": ") + cudaGetErrorString(cudaGetLastError()) : "");
 }
@@ -720,6 +729,7 @@ PYBIND11_MODULE(_C, m) {
   };
   def_choose("choose_config_sm80", &choose_config<choose_config_sm80>);
   def_choose("choose_config_sm90", &choose_config<choose_config_sm90>);
+  def_choose("choose_config_sm90_few", &choose_config<choose_config_sm90_few>);
   // Returns what it replaces, in the order of its arguments.
   m.def(
       "set_cuda_options",

@@ -49,6 +49,18 @@ def choose_config_sm90(
     num_sms_hint: int = -1,
     tile_idx: int = -1,
 ) -> dict[str, int]: ...
+def choose_config_sm90_few(
+    M: int,
+    N: int,
+    K: int,
+    group: int,
+    capability: int,
+    num_sms: int,
+    smem_bytes: int,
+    tile_n: int = -1,
+    num_sms_hint: int = -1,
+    tile_idx: int = -1,
+) -> dict[str, int]: ...
 def set_cuda_options(backend: str, overlap: bool, tile_idx: int) -> tuple[str, bool, int]: ...
 def layout_tables(K: int, N: int) -> tuple[Tensor, Tensor, Tensor, Tensor]: ...
 def has_cuda() -> bool: ...

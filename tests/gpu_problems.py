@@ -110,7 +110,7 @@ def cases_of_all_configs() -> dict[Kind, Case]:
     )
     sizes = sorted(_candidates(), key=lambda c: c[0] * c[1] * c[2])
     found: dict[Kind, Case] = {}
-    for backend in ("sm80", "sm90"):
+    for backend in ("sm80", "sm90", "sm90_few"):
         choose = getattr(_C, f"choose_config_{backend}")
         for tile_idx in range(MAX_TILES):
             for M, K, N, group, sms in sizes:
@@ -120,7 +120,7 @@ def cases_of_all_configs() -> dict[Kind, Case]:
                     continue
                 tiles = -(-N // config["features"]) * -(-M // config["tokens"])
                 long = tiles * -(-K // 64) >= LONG * config["grid"]
-                kind = Kind(backend, tile_idx, config["num_partials"] > 0, long)
+                kind = Kind(backend, tile_idx, config["num_locks"] > 0, long)
                 found.setdefault(kind, Case(M, K, N, group, sms, backend, tile_idx))
     return found
 

@@ -1,4 +1,4 @@
-"""choose_config_sm80 and choose_config_sm90: pure functions, so that every device's choice is
+"""choose_config_sm80, _sm90 and _sm90_few: pure functions, so that every device's choice is
 checked on a machine without a GPU."""
 
 import pytest
@@ -155,3 +155,73 @@ def test_a_wish_for_fewer_sms_is_granted_on_hopper():
     for wish in (2, 3, 10):
         for M in (1, 64, 1000):
             assert choose_sm90(M, 4096, 4096, num_sms_hint=wish)["grid"] in (wish - wish % 2, wish)
+
+
+# --------------------------------------------------------------------------------------------------
+# Hopper's kernel for few tokens
+# --------------------------------------------------------------------------------------------------
+
+
+def choose_few(M, N, K, device=HOPPER, group=-1, **hints):
+    return _C.choose_config_sm90_few(M, N, K, group, *device, **hints)
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    M=st.integers(1, 8),
+    chunks=st.integers(1, 1000),
+    groups=st.integers(1, 200),
+    group=st.sampled_from([-1, 32, 64, 96, 128, 256]),
+    num_sms=st.integers(1, 160),
+)
+def test_few_tokens_have_a_config_and_always_the_same(M, chunks, groups, group, num_sms):
+    device, K = (90, num_sms, 232448), 128 + groups * max(group, 16) // 128 * 128
+    group = group if group > 0 and K % group == 0 else -1
+    N, stages = 64 * chunks, -(-K // 64)
+    config = choose_few(M, N, K, device, group)
+    assert config["tile_idx"] >= 0
+    assert config["features"] == 64 and config["tokens"] >= M
+    assert 1 <= config["grid"] <= min(2 * num_sms, chunks * stages)  # at most two on each SM
+    # words are there for CTAs that share tiles, and for these only: two parts and a counter each
+    part = config["features"] * config["tokens"]
+    shared = chunks % config["grid"] != 0
+    assert config["num_locks"] == (config["grid"] * (2 * part + 1) if shared else 0)
+    assert config["num_partials"] == 0
+    assert choose_few(M, N, K, device, group) == config
+
+
+@pytest.mark.parametrize(
+    ("M", "N", "K", "device", "group"),
+    [
+        (9, 4096, 4096, HOPPER, -1),  # too many tokens
+        (1, 4096, 4096, DEVICES["A100"], -1),
+        (1, 4096, 4096, (90, 132, 49152), -1),  # too little shared memory
+        (1, 4096, 64, HOPPER, -1),  # a single stage: no number to divide by
+        (1, 64 << 11, 64 << 11, HOPPER, -1),  # too many for the division by multiplication
+        (1, 4096, 48 * 160, HOPPER, 48),  # a group crosses the half of a stage
+    ],
+)
+def test_the_kernel_for_few_tokens_leaves_to_others_what_it_cannot_do(M, N, K, device, group):
+    assert choose_few(M, N, K, device, group)["tile_idx"] == -1
+
+
+def test_a_division_by_multiplication_is_exact_up_to_the_largest_size_that_is_taken():
+    # the kernel divides a stage's place in the line by the stages of a tile: umulhi(place, magic)
+    for chunks, stages in [(1, 2), (896, 128), (128, 448), (1, 65535), (4095, 1024), (2, 46340)]:
+        assert choose_few(1, 64 * chunks, 64 * stages)["tile_idx"] >= 0
+        magic = -(-(2**32) // stages)
+        for tile in {0, chunks // 2, chunks - 1}:
+            for place in (tile * stages, tile * stages + stages - 1):
+                assert place * magic >> 32 == tile
+
+
+def test_every_tile_for_few_tokens_can_be_asked_for():
+    found = [choose_few(1, 4096, 4096, tile_idx=i)["tile_idx"] for i in range(64)]
+    num_tiles = found.index(-1)
+    assert found == list(range(num_tiles)) + [-1] * (64 - num_tiles)
+
+
+def test_a_wish_for_fewer_ctas_is_granted_for_few_tokens():
+    for wish in (1, 2, 3, 10):
+        for M in (1, 8):
+            assert choose_few(M, 4096, 4096, num_sms_hint=wish)["grid"] <= wish

@@ -347,7 +347,10 @@ def test_writing_into_C_counts_for_autograd():
 @pytest.mark.parametrize(
     "variable, message",
     [
-        ("MARLIN_BACKEND", "MARLIN_BACKEND is 'nonsense' but should be auto, sm80 or sm90"),
+        (
+            "MARLIN_BACKEND",
+            "MARLIN_BACKEND is 'nonsense' but should be auto, sm80, sm90 or sm90_few",
+        ),
         (
             "MARLIN_CPU_ISA",
             "MARLIN_CPU_ISA is 'nonsense' but should be portable, avx2, avx512 or auto",

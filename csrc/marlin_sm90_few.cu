@@ -1,0 +1,648 @@
+// marlin_sm90_few.cu: C = A @ dequant(B) on Hopper for at most 8 tokens, where only the time to read B counts. FP16.
+//
+// Depends on marlin.h and layout.h; bindings.cpp calls choose_config_sm90_few and run_sm90_few. A plain C++ compiler sees
+// only the host part that needs no CUDA (choose_config_sm90_few), so that its tests run anywhere.
+//
+// The product is computed transposed, C^T = B^T A^T: the weights are the left operand of mma.m16n8k16 (16 features), the
+// tokens its n dimension. The packed words are left operands already.
+//
+//   warp     takes every kWarps-th stage (64 rows of the weight) of its CTA's stripe and has a ring of stages of its own,
+//            which it fills by cp.async: warps meet only where a tile of C ends
+//   tile     64 features, all tokens
+//   stripe   all tiles, each K / 64 stages long, form one line, cut into equal stripes, one per CTA; a tile cut by the border
+//            of a stripe is summed in FP32, always in the order of the line, by the CTA that comes last to the end of its part
+//
+// A launch overlaps with the one before it (programmatic dependent launch): the first weights are on their way before that
+// one ends.
+#include <initializer_list>
+
+#include "marlin.h"
+
+namespace marlin {
+namespace {
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Configurations
+// ---------------------------------------------------------------------------------------------------------------------
+
+constexpr int STAGE_K = 64;                    // rows of the weight in a stage
+constexpr int STEPS = STAGE_K / TILE_K;        // k16 steps in it
+constexpr int SCALE_K = 32;                    // rows that certainly share a scale; groups are multiples of it
+constexpr int SCALE_ROWS = STAGE_K / SCALE_K;  // rows of scales in a stage
+constexpr int B_BYTES = TILE_N * STAGE_K / 2, S_BYTES = TILE_N * SCALE_ROWS * 2;  // of a stage
+// Of a warp's patch, in which it lays out its sums as rows of C; + 4 spreads four tokens over all banks.
+constexpr int PATCH_PITCH = TILE_N + 4;
+
+struct Tile {
+  int tokens;  // 1 or 8
+  int warps;
+  int stages;  // in each warp's ring
+  int per_sm;  // CTAs on a multiprocessor: 1, or 2 of which one reads while the other finishes a tile
+
+  MARLIN_HD constexpr int a_bytes() const { return tokens * STAGE_K * 2; }
+  MARLIN_HD constexpr int stage_bytes() const { return B_BYTES + a_bytes() + S_BYTES; }
+  MARLIN_HD constexpr int patch_bytes() const { return tokens * PATCH_PITCH * 4; }
+  MARLIN_HD constexpr int smem_bytes() const { return warps * (stages * stage_bytes() + patch_bytes()); }
+};
+
+// The measured ones: microseconds on an H200 of a stage, of a tile's end, of a tile that several CTAs share, for each of
+// them, and of a launch; fitted to the times of seven Llama shapes (docs/kernel.md).
+struct TileCost {
+  Tile tile;
+  float stage_us, tile_us, sharer_us, start_us;
+};
+
+constexpr TileCost kTiles[] = {
+    {{1, 16, 3, 1}, 0.0573f, 0.51f, 0.36f, 1.23f},
+    {{1, 8, 3, 2}, 0.0435f, 1.25f, 0.03f, 3.36f},
+    {{8, 16, 3, 1}, 0.0554f, 1.00f, 0.37f, 1.01f},
+    {{8, 8, 3, 2}, 0.0634f, 0.90f, 0.01f, 3.67f},
+};
+constexpr int kNumTiles = sizeof(kTiles) / sizeof(kTiles[0]);
+
+constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// Groups that a stage has one or two of; offsets that fit 32 bits, and divisors that __umulhi divides by exactly.
+constexpr bool takes(const Problem& p) {
+  constexpr int64_t kMaxSize = int64_t{1} << 22, kMaxProduct = int64_t{1} << 32;
+  const int64_t stages = ceil_div(p.K, STAGE_K);
+  return stages > 1 && (p.group == p.K || p.group % SCALE_K == 0) && p.N <= kMaxSize && p.K <= kMaxSize &&
+         p.lda <= kMaxSize && ceil_div(p.N, TILE_N) * stages * stages < kMaxProduct;
+}
+
+constexpr uint32_t magic_of(int64_t divisor) { return static_cast<uint32_t>(ceil_div(int64_t{1} << 32, divisor)); }
+
+// A tile and the CTAs that get a stripe as a Config, and the time that the fit predicts.
+struct Candidate {
+  Config config;
+  float us;
+};
+
+Candidate make_candidate(const Problem& p, int tile_idx, int stripes) {
+  constexpr float kBytesPerUs = 4.3e6f;  // of the same fit
+  const TileCost& cost = kTiles[tile_idx];
+  const int64_t stages = ceil_div(p.K, STAGE_K), tiles = ceil_div(p.N, TILE_N), total = stages * tiles;
+  stripes = static_cast<int>(total < stripes ? total : stripes);
+  const int64_t stripe = ceil_div(total, stripes);
+  // the CTAs that share a tile: one, several that each have an equal part, or a number more that cut it anywhere
+  const bool even = stripes % tiles == 0;
+  const int64_t sharers = tiles % stripes == 0 ? 0 : even ? stripes / tiles : ceil_div(stripes, tiles) + 1;
+  const int64_t ends = sharers == 0 ? tiles / stripes : even ? 1 : ceil_div(stripe, stages) + 1;
+
+  Candidate candidate;
+  candidate.config.tile_idx = tile_idx;
+  candidate.config.features = TILE_N;
+  candidate.config.tokens = cost.tile.tokens;
+  candidate.config.grid = stripes;
+  // a counter, and the words of two parts of tiles, for each CTA
+  candidate.config.num_locks = sharers == 0 ? 0 : stripes * (1 + 2 * TILE_N * cost.tile.tokens);
+
+  const float rounds = static_cast<float>(ceil_div(stripe, cost.tile.warps) * cost.tile.warps);
+  const float compute_us = rounds * cost.stage_us + static_cast<float>(ends) * cost.tile_us;
+  const float memory_us = static_cast<float>(p.K * p.N / 2) / kBytesPerUs;
+  candidate.us =
+      cost.start_us + (compute_us > memory_us ? compute_us : memory_us) + static_cast<float>(sharers) * cost.sharer_us;
+  return candidate;
+}
+
+// The most CTAs, up to as many, of which each has whole tiles, or each tile the same number of CTAs.
+constexpr int even_stripes(int64_t tiles, int most) {
+  while (tiles % most != 0 && most % tiles != 0) --most;
+  return most;
+}
+
+}  // namespace
+
+Config choose_config_sm90_few(const Problem& p, const Device& device, const Hints& hints) {
+  Candidate best{{}, 0};
+  if (p.dtype != DType::f16 || device.capability != 90 || p.M == 0 || !takes(p)) return best.config;
+  const bool wished = hints.num_sms > 0;
+  for (int i = 0; i < kNumTiles; ++i) {
+    const Tile& tile = kTiles[i].tile;
+    if (p.M > tile.tokens || tile.smem_bytes() > device.smem_bytes) continue;
+    if ((hints.tile_n > 0 && hints.tile_n != TILE_N) || (hints.tile_idx >= 0 && hints.tile_idx != i)) continue;
+    const int all = device.num_sms * tile.per_sm, most = wished && hints.num_sms < all ? hints.num_sms : all;
+    for (const int stripes : {even_stripes(ceil_div(p.N, TILE_N), most), most}) {
+      const Candidate candidate = make_candidate(p, i, stripes);
+      if (best.config.tile_idx < 0 || candidate.us < best.us) best = candidate;
+    }
+  }
+  return best.config;
+}
+
+}  // namespace marlin
+
+#ifdef __CUDACC__
+#include <cuda_fp16.h>
+#include <cuda_runtime.h>
+
+#include <climits>
+#include <utility>
+
+namespace marlin {
+namespace {
+
+// ---------------------------------------------------------------------------------------------------------------------
+// PTX
+// ---------------------------------------------------------------------------------------------------------------------
+
+__device__ inline uint32_t smem_address(const void* p) { return static_cast<uint32_t>(__cvta_generic_to_shared(p)); }
+
+// .cg: past L1, nothing here is read twice by an SM. src_bytes < 16 fills the rest with zeros.
+__device__ inline void cp_async16(uint32_t smem, const void* gmem, int src_bytes) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(smem), "l"(gmem), "r"(src_bytes) : "memory");
+}
+
+__device__ inline void cp_async16(uint32_t smem, const void* gmem) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(smem), "l"(gmem) : "memory");
+}
+
+__device__ inline void cp_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+
+template <int kPending>
+__device__ inline void cp_async_wait() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
+}
+
+__device__ inline void load_smem(uint32_t (&v)[4], uint32_t smem) {
+  asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(v[0]), "=r"(v[1]), "=r"(v[2]), "=r"(v[3])
+               : "r"(smem)
+               : "memory");
+}
+
+__device__ inline void store_smem16(uint32_t smem, uint32_t word) {
+  asm volatile("st.shared.v4.u32 [%0], {%1, %1, %1, %1};" ::"r"(smem), "r"(word) : "memory");
+}
+
+// Two right operands: 8 tokens x k32.
+__device__ inline void ldmatrix_x4(uint32_t (&first)[2], uint32_t (&second)[2], uint32_t smem) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(first[0]), "=r"(first[1]), "=r"(second[0]), "=r"(second[1])
+               : "r"(smem)
+               : "memory");
+}
+
+// Not volatile: registers in, registers out, free to move.
+__device__ inline void mma_m16n8k16(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+  asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, "
+      "%3};"
+      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+}
+
+__device__ inline void barrier_init(uint32_t barrier, int arrivals) {
+  asm volatile("mbarrier.init.shared.b64 [%0], %1;" ::"r"(barrier), "r"(arrivals) : "memory");
+}
+
+__device__ inline void barrier_arrive(uint32_t barrier) {
+  asm volatile("mbarrier.arrive.shared.b64 _, [%0];" ::"r"(barrier) : "memory");
+}
+
+__device__ inline void barrier_wait(uint32_t barrier, int parity) {
+  uint32_t done;
+  do {
+    asm volatile("{ .reg .pred p; mbarrier.try_wait.parity.shared.b64 p, [%1], %2; selp.u32 %0, 1, 0, p; }"
+                 : "=r"(done)
+                 : "r"(barrier), "r"(parity)
+                 : "memory");
+  } while (done == 0);
+}
+
+// x in a register for good: the compiler would rather make it anew, in every turn of the loop.
+template <typename T>
+__device__ inline T made(T x) {
+  asm volatile("" : "+r"(x));
+  return x;
+}
+
+// (word & mask) | bits in one instruction: 0xea is the truth table of (a & b) | c.
+template <uint32_t kMask, uint32_t kBits>
+__device__ inline uint32_t and_or(uint32_t word) {
+  uint32_t r;
+  asm("lop3.b32 %0, %1, %2, %3, 0xea;" : "=r"(r) : "r"(word), "n"(kMask), "n"(kBits));
+  return r;
+}
+
+// Two values that another CTA may write or read at the same time; each arrives whole.
+__device__ inline void store_relaxed(uint2* gmem, uint2 v) {
+  asm volatile("st.relaxed.gpu.v2.u32 [%0], {%1, %2};" ::"l"(gmem), "r"(v.x), "r"(v.y) : "memory");
+}
+
+__device__ inline uint2 load_relaxed(const uint2* gmem) {
+  uint2 v;
+  asm volatile("ld.relaxed.gpu.v2.u32 {%0, %1}, [%2];" : "=r"(v.x), "=r"(v.y) : "l"(gmem) : "memory");
+  return v;
+}
+
+__device__ inline int fetch_add(int32_t* gmem, int value) {
+  int old;
+  asm volatile("atom.relaxed.gpu.add.s32 %0, [%1], %2;" : "=r"(old) : "l"(gmem), "r"(value) : "memory");
+  return old;
+}
+
+// Let the next kernel of the stream begin; wait until all of the previous one is done and its memory seen.
+__device__ inline void launch_dependents() { asm volatile("griddepcontrol.launch_dependents;" ::: "memory"); }
+__device__ inline void wait_for_previous_kernel() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Dequantise
+// ---------------------------------------------------------------------------------------------------------------------
+
+__device__ inline half2 as_half2(uint32_t bits) { return *reinterpret_cast<half2*>(&bits); }
+__device__ inline uint32_t as_bits(half2 h) { return *reinterpret_cast<uint32_t*>(&h); }
+
+// A left operand, exactly q - 8: register 0: features g, k 2t and 2t + 1; 1: features g + 8; 2 and 3: the same at k + 8.
+// 0x6400 is fp16 1024 with a unit of 1 in its lowest bit, so 0x6400 | q is 1024 + q and 0x6400 | q << 4 is 1024 + 16 q.
+__device__ inline void dequantise(uint32_t word, uint32_t (&left)[4]) {
+  const half2 k1032 = as_half2(0x64086408), kSixteenth = as_half2(0x2c002c00), kMinus72 = as_half2(0xd480d480);
+#pragma unroll
+  for (int r = 0; r < 2; ++r, word >>= 8) {
+    left[r] = as_bits(__hsub2(as_half2(and_or<0x000f000f, 0x64006400>(word)), k1032));
+    left[r + 2] = as_bits(__hfma2(as_half2(and_or<0x00f000f0, 0x64006400>(word)), kSixteenth, kMinus72));
+  }
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Kernel
+// ---------------------------------------------------------------------------------------------------------------------
+
+struct Args {
+  // What the first copies need comes first: the parameters come from memory too, 64 bytes at a time.
+  const void *B, *s, *A;
+  int stripe;                                      // stages of a CTA, floor(all / gridDim.x) ...
+  int longer;                                      // ... and one more for this many first CTAs
+  int k_stages;                                    // stages in a tile of C: ceil(K / 64)
+  uint32_t k_magic;                                // ceil(2^32 / k_stages), which divides by __umulhi
+  uint32_t group_magic;                            // the same for group / 16; 0 for channelwise
+  int k16_rows;                                    // K / 16
+  uint32_t b_row_bytes, s_row_bytes, a_row_bytes;  // of a k16 row of B, of a row of s, of A
+  int tokens, whole_stages;                        // M, stages that are full: min(K, K_A) / 64
+  uint32_t b_step_bytes;                           // of B from a stage to the warp's next
+  int k_a;                                         // K_A
+  bool halves;                                     // a stage has two rows of scales
+  bool wide_c;                                     // C takes 4-byte stores
+  int32_t* counters;                               // of the shared tiles, by the first CTA of each
+  uint2* parts;                                    // two for each CTA: of the tile of its first stage, and of its last
+  const half* bias;                                // or null
+  half* C;
+  int64_t n_c;  // its row length
+};
+
+template <int kTokens, int kWarps, int kStages, int kPerSm>
+__global__ void __launch_bounds__(32 * kWarps, kPerSm) marlin_kernel(const __grid_constant__ Args args) {
+  constexpr Tile kTile{kTokens, kWarps, kStages, kPerSm};
+  constexpr int kThreads = 32 * kWarps;
+  constexpr uint32_t kStageBytes = kTile.stage_bytes(), kRingBytes = kStages * kStageBytes;
+  constexpr uint32_t kAOffset = B_BYTES, kSOffset = B_BYTES + kTile.a_bytes();
+
+  launch_dependents();
+  const int cta = blockIdx.x;
+  const int lane = threadIdx.x % 32, warp = __shfl_sync(0xffffffff, threadIdx.x / 32, 0);  // uniform: scalar registers
+  const bool grouped = args.group_magic != 0, halves = args.halves;
+
+  extern __shared__ __align__(128) unsigned char smem[];
+  __shared__ int ticket_smem;
+  __shared__ uint64_t barriers[2];
+  const uint32_t patches_full = smem_address(barriers), patches_free = smem_address(barriers + 1);
+  const uint32_t ring = smem_address(smem) + warp * kRingBytes;
+  float* const patches = reinterpret_cast<float*>(smem + kWarps * kRingBytes);
+
+  auto begin_of = [&](int of) { return of * args.stripe + min(of, args.longer); };
+  const int stripe_begin = begin_of(cta), stripe_end = begin_of(cta + 1);
+  int begin = stripe_begin;        // of this CTA's next part of a tile
+  int unit = stripe_begin + warp;  // this warp's next stage in the line
+
+  // ---- issue next loads: a cursor that runs ahead of the products, over the borders of tiles -------------------------
+  // Of a stage a lane copies 16 bytes of each k16 row of B, of rows `row`, `row` + 4 of A, and of row `row` of s, if there is one.
+  const int piece = lane % 8, row = lane / 8;
+  const uint32_t b_wr = made(ring + lane * 16);  // and where it puts s, behind kSOffset
+  const uint32_t a_wr = made(ring + kAOffset + row * 128 + ((piece ^ row) << 4));  // row + 4: the other half
+  const bool s_mine = grouped && (row == SCALE_ROWS - 1 || (row == 0 && halves));
+  uint32_t stage_wr = 0;  // where the next stage goes, from the start of the ring
+  int loads_left = unit < stripe_end ? (stripe_end - unit - 1) / kWarps + 1 : 0;
+  int load_tile, load_k;        // the stage to load next
+  int rows_left;                // k16 rows from its first to the end of K
+  const char *b_gmem, *a_gmem;  // where it lies
+  const char* s_column;         // where the first row of scales has this lane's piece
+
+  auto aim_loads = [&](int unit) {
+    load_tile = __umulhi(unit, args.k_magic);
+    load_k = unit - load_tile * args.k_stages;
+    rows_left = args.k16_rows - load_k * STEPS;
+    const int n0 = load_tile * TILE_N;
+    b_gmem = static_cast<const char*>(args.B) + static_cast<uint64_t>(load_k * STEPS) * args.b_row_bytes +
+             (n0 * 8 + lane * 16);
+    a_gmem = static_cast<const char*>(args.A) + static_cast<uint64_t>(row) * args.a_row_bytes +
+             (load_k * STAGE_K + piece * 8) * 2;
+    s_column = static_cast<const char*>(args.s) + (n0 + piece * 8) * 2;
+  };
+  auto load_weights = [&] {
+    if (loads_left <= 0) return;
+    const uint32_t to = b_wr + stage_wr;
+#pragma unroll
+    for (int i = 0; i < STEPS; ++i) {
+      if (i < rows_left) cp_async16(to + i * 512, b_gmem + static_cast<uint64_t>(i) * args.b_row_bytes);
+    }
+    if (s_mine) {  // past the end of K the last row, whose products are zero
+      const uint32_t k16 = load_k * STEPS + min(row * (SCALE_K / TILE_K), rows_left - 1);
+      cp_async16(to + kSOffset, s_column + static_cast<uint64_t>(__umulhi(k16, args.group_magic)) * args.s_row_bytes);
+    }
+  };
+  auto load_activations = [&] {
+    if (loads_left > 0) {
+      const uint32_t to = a_wr + stage_wr;
+      if (load_k < args.whole_stages) {
+#pragma unroll
+        for (int i = 0; i < (kTokens + 3) / 4; ++i) {
+          if (row + 4 * i < args.tokens) {
+            cp_async16((to ^ (i % 2 << 6)) + i * 512, a_gmem + static_cast<uint64_t>(4 * i) * args.a_row_bytes);
+          }
+        }
+      } else {  // zeros behind the last column
+        const int bytes = max(0, min(16, 2 * (args.k_a - load_k * STAGE_K - piece * 8)));
+#pragma unroll 1
+        for (int i = 0; row + 4 * i < args.tokens; ++i) {
+          const char* const from = a_gmem + static_cast<uint64_t>(4 * i) * args.a_row_bytes;
+          cp_async16((to ^ (i % 2 << 6)) + i * 512, bytes > 0 ? from : static_cast<const char*>(args.A), bytes);
+        }
+      }
+    }
+    cp_async_commit();  // also when empty: the count of groups is the clock of the ring
+  };
+  auto advance_loads = [&] {
+    stage_wr = stage_wr == kRingBytes - kStageBytes ? 0 : stage_wr + kStageBytes;
+    --loads_left;
+    b_gmem += args.b_step_bytes;
+    a_gmem += kWarps * STAGE_K * 2;
+    load_k += kWarps;
+    rows_left -= kWarps * STEPS;
+    if (load_k >= args.k_stages) aim_loads(load_tile * args.k_stages + load_k);
+  };
+
+  // ---- load fragments, dequantise, multiply --------------------------------------------------------------------------
+  // Sums of a group are scaled, not its weights: 9 instructions a word instead of 13.
+  float acc[4][4];  // (m16 blocks, features g and g + 8 x tokens 2t and 2t + 1)
+  uint32_t stage_rd = 0;
+  const uint32_t s_rd = made(ring + kSOffset + lane / 4 * 16);
+  // ldmatrix: lane l points at row l % 8 of piece l / 8: two steps of k16. A single token is read eight times.
+  const int a_rd_row = kTokens == 1 ? 0 : lane % 8;
+  const uint32_t a_rd[2] = {made(ring + kAOffset + a_rd_row * 128 + ((lane / 8 ^ a_rd_row) << 4)),
+                            made(ring + kAOffset + a_rd_row * 128 + (((lane / 8 + 4) ^ a_rd_row) << 4))};
+
+  auto multiply_stage = [&] {
+    cp_async_wait<kStages - 2>();
+    __syncwarp();  // ... for every lane, and every lane has read the stage before: its place is free for new loads
+    uint32_t words[STEPS][4], right[STEPS][2], scales[SCALE_ROWS][4];
+#pragma unroll
+    for (int i = 0; i < STEPS; ++i) load_smem(words[i], b_wr + stage_rd + i * 512);
+#pragma unroll
+    for (int i = 0; i < 2; ++i) ldmatrix_x4(right[2 * i], right[2 * i + 1], a_rd[i] + stage_rd);
+    if (halves) load_smem(scales[0], s_rd + stage_rd);
+    load_smem(scales[1], s_rd + stage_rd + S_BYTES / 2);
+    stage_rd = stage_rd == kRingBytes - kStageBytes ? 0 : stage_rd + kStageBytes;
+    load_weights();
+    load_activations();
+    advance_loads();
+
+    float sums[4][4] = {};  // of one group, not yet scaled
+    auto add_scaled = [&](const uint32_t (&pairs)[4]) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const float2 scale = __half22float2(as_half2(pairs[i]));
+#pragma unroll
+        for (int e = 0; e < 4; ++e) acc[i][e] += sums[i][e] * (e < 2 ? scale.x : scale.y);
+      }
+    };
+#pragma unroll
+    for (int step = 0; step < STEPS; ++step) {
+      if (step == STEPS / 2 && halves) {
+        add_scaled(scales[0]);
+#pragma unroll
+        for (int i = 0; i < 16; ++i) sums[i / 4][i % 4] = 0;
+      }
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        uint32_t left[4];
+        dequantise(words[step][i], left);
+        mma_m16n8k16(sums[i], left, right[step]);
+      }
+    }
+    add_scaled(scales[1]);
+  };
+
+  // ---- finish a tile: sum over the warps, over the CTAs that share it, write --------------------------------------------
+  constexpr int kPatch = kTokens * PATCH_PITCH;
+  constexpr int kPairs = TILE_N / 2, kPartPairs = kTokens * kPairs;  // of features, in a row and in all
+  // A CTA shares at most two tiles with others: that of its first stage, and that of its last.
+  auto part_of = [&](int owner, int first) { return args.parts + (2 * owner + (owner == first)) * kPartPairs; };
+
+  // What a part's words in memory say: its sums' complements, so that a word that is still zero is one that has not arrived:
+  // no arithmetic makes a float of 32 ones. Who reads them makes them zero again.
+  auto take_part = [&](uint2* part) {
+    uint2 words;
+    do words = load_relaxed(part);
+    while (words.x == 0 || words.y == 0);
+    *part = make_uint2(0, 0);
+    return make_float2(__uint_as_float(~words.x), __uint_as_float(~words.y));
+  };
+
+  // Adds up every step'th pair of sums from start on, over the warps and over the CTAs from first to last, which share the
+  // tile, and writes them; a CTA that drew another ticket than the last one leaves its sums to that one.
+  auto write_tile = [&](int tile, int first, int last, int start, int step) {
+    const bool mine = ticket_smem == last - first;
+#pragma unroll 1
+    for (int v = start; v < args.tokens * kPairs; v += step) {
+      const int m = v / kPairs, n = tile * TILE_N + v % kPairs * 2;
+      const float* const patch_rd = patches + m * PATCH_PITCH + v % kPairs * 2;
+      float2 sum = make_float2(0, 0);
+#pragma unroll
+      for (int w = 0; w < kWarps; ++w) {
+        const float2 part = *reinterpret_cast<const float2*>(patch_rd + w * kPatch);
+        sum.x += part.x, sum.y += part.y;
+      }
+      if (!mine) {
+        store_relaxed(part_of(cta, first) + v, make_uint2(~__float_as_uint(sum.x), ~__float_as_uint(sum.y)));
+        continue;
+      }
+      if (first != last) {
+        const float2 own = sum;
+        sum = make_float2(0, 0);
+#pragma unroll 1
+        for (int other = first; other <= last; ++other) {
+          const float2 part = other == cta ? own : take_part(part_of(other, first) + v);
+          sum.x += part.x, sum.y += part.y;
+        }
+      }
+      if (n >= args.n_c) continue;
+      const bool both = n + 1 < args.n_c;
+      if (!grouped) {
+        sum.x *= __half2float(static_cast<const half*>(args.s)[scale_of_channelwise(n)]);
+        sum.y *= __half2float(static_cast<const half*>(args.s)[scale_of_channelwise(n + 1)]);
+      }
+      if (args.bias != nullptr) {
+        sum.x += __half2float(args.bias[n]);
+        if (both) sum.y += __half2float(args.bias[n + 1]);
+      }
+      const half2 c = __floats2half2_rn(sum.x, sum.y);
+      half* const c_gmem = args.C + m * args.n_c + n;
+      if (args.wide_c) {
+        *reinterpret_cast<half2*>(c_gmem) = c;
+      } else {
+        c_gmem[0] = __low2half(c);
+        if (both) c_gmem[1] = __high2half(c);
+      }
+    }
+  };
+
+  // Where a tile ends inside the stripe a warp leaves its sums in its patch and goes on, but for those whose turn it is: they
+  // wait for all patches and add them up. A single token's are so few that one warp does it.
+  constexpr int kSummers = kTokens == 1 ? 1 : kWarps;
+  int ends = 0;
+  auto finish_tile = [&](int tile, int first, int last, int ticket) {
+    if (ends > 0) barrier_wait(patches_free, (ends - 1) % 2);
+    if (threadIdx.x == 0) ticket_smem = ticket;
+    float* const patch_wr = patches + warp * kPatch + lane % 4 * 2 * PATCH_PITCH + lane / 4;
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+#pragma unroll
+      for (int e = 0; e < 4; ++e) {
+        if (kTokens > 1 || (e % 2 == 0 && lane % 4 == 0)) {
+          patch_wr[e % 2 * PATCH_PITCH + 16 * i + 8 * (e / 2)] = acc[i][e];
+        }
+      }
+    }
+    __syncwarp();
+    const bool last_tile = begin == stripe_end;
+    if (lane == 0) barrier_arrive(patches_full);
+    if (last_tile || kSummers == kWarps || warp == ends % kWarps) {
+      const bool all = last_tile || kSummers == kWarps;
+      barrier_wait(patches_full, ends % 2);
+      write_tile(tile, first, last, all ? threadIdx.x : lane, all ? kThreads : 32);
+      __syncwarp();
+      if (lane == 0 && !last_tile) barrier_arrive(patches_free);
+    }
+    ++ends;
+    if (threadIdx.x == 0 && first != last && ticket == last - first) args.counters[first] = 0;
+  };
+
+  // ---- main loop -----------------------------------------------------------------------------------------------------
+  // Weights and scales do not depend on the kernel before. Only the first stage is ahead of the activations: groups of copies
+  // are waited for in order. The code up to here is short on purpose: instructions come from memory too.
+  aim_loads(unit);
+  load_weights();
+  wait_for_previous_kernel();
+#pragma unroll 1
+  for (int i = 0; i < kStages - 1; ++i) {
+    if (i > 0) load_weights();
+    load_activations();
+    advance_loads();
+  }
+  if (threadIdx.x == 0) {
+    barrier_init(patches_full, kWarps);
+    barrier_init(patches_free, kSummers);
+  }
+  __syncthreads();
+  if (!grouped) {  // channelwise: ones here, the scales when C is written
+#pragma unroll 1
+    for (int i = 0; i < kStages; ++i) {
+      if (lane < S_BYTES / 16) store_smem16(b_wr + i * kStageBytes + kSOffset, 0x3c003c00);
+    }
+    __syncwarp();
+  }
+
+#pragma unroll 1
+  for (int tile = __umulhi(begin, args.k_magic); begin < stripe_end; ++tile) {
+    const int tile_begin = tile * args.k_stages, tile_end = tile_begin + args.k_stages;
+    int first = cta, last = cta;  // the CTAs that share it
+    while (begin_of(first) > tile_begin) --first;
+    while (begin_of(last + 1) < tile_end) ++last;
+    begin = min(stripe_end, tile_end);
+    int rounds = (begin - unit + kWarps - 1) / kWarps;
+    unit += rounds * kWarps;
+#pragma unroll
+    for (int i = 0; i < 16; ++i) acc[i / 4][i % 4] = 0;
+    // The ticket is drawn ahead of the end, so that the answer is there in time. Who draws the last one knows that all others
+    // are running, and waits for their sums: nobody waits for a CTA that may not have started.
+    int ticket = 0;
+#pragma unroll 1
+    for (int left = 1; left >= 0; --left) {
+#pragma unroll 1
+      for (; rounds > left; --rounds) multiply_stage();
+      if (left == 1 && first != last && threadIdx.x == 0) ticket = fetch_add(args.counters + first, 1);
+    }
+    finish_tile(tile, first, last, ticket);
+  }
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Host
+// ---------------------------------------------------------------------------------------------------------------------
+
+template <int kIdx>
+Status launch(const Args& args, int grid, bool overlap, cudaStream_t stream) {
+  constexpr Tile kTile = kTiles[kIdx].tile;
+  const auto kernel = marlin_kernel<kTile.tokens, kTile.warps, kTile.stages, kTile.per_sm>;
+  constexpr int kSmem = kTile.smem_bytes();
+  if (cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kSmem) != cudaSuccess) {
+    return Status::launch_failed;
+  }
+  cudaLaunchConfig_t config = {};
+  config.gridDim = grid;
+  config.blockDim = 32 * kTile.warps;
+  config.dynamicSmemBytes = kSmem;
+  config.stream = stream;
+  cudaLaunchAttribute attribute;
+  attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  attribute.val.programmaticStreamSerializationAllowed = 1;
+  config.attrs = &attribute;
+  config.numAttrs = overlap ? 1 : 0;
+  return cudaLaunchKernelEx(&config, kernel, args) == cudaSuccess ? Status::ok : Status::launch_failed;
+}
+
+template <int... kIdx>
+Status launch_any(const Args& args, int grid, bool overlap, int tile_idx, cudaStream_t stream,
+                  std::integer_sequence<int, kIdx...>) {
+  Status status = Status::no_config;
+  ((tile_idx == kIdx && (status = launch<kIdx>(args, grid, overlap, stream), true)) || ...);
+  return status;
+}
+
+}  // namespace
+
+Status run_sm90_few(const Problem& p, const Config& config, bool overlap, int32_t* locks, void* stream) {
+  const Status status = check_for_cuda(p);
+  if (status != Status::ok || p.M == 0) return status;
+  if (config.tile_idx < 0 || config.tile_idx >= kNumTiles || config.grid < 1) return Status::no_config;
+  const Tile& tile = kTiles[config.tile_idx].tile;
+  const int64_t stages = ceil_div(p.K, STAGE_K), total = stages * ceil_div(p.N, TILE_N);
+  if (!takes(p) || p.M > tile.tokens) return Status::bad_shape;
+
+  const int grid = static_cast<int>(total < config.grid ? total : config.grid);
+  Args args{p.B, p.s, p.A};
+  args.stripe = static_cast<int>(total / grid);
+  args.longer = static_cast<int>(total % grid);
+  args.k_stages = static_cast<int>(stages);
+  args.k_magic = magic_of(stages);
+  args.group_magic = p.group == p.K ? 0 : magic_of(p.group / TILE_K);
+  args.k16_rows = static_cast<int>(p.K / TILE_K);
+  args.b_row_bytes = static_cast<uint32_t>(8 * p.N);
+  args.s_row_bytes = static_cast<uint32_t>(2 * p.N);
+  args.a_row_bytes = static_cast<uint32_t>(2 * p.lda);
+  args.tokens = static_cast<int>(p.M);
+  args.whole_stages = static_cast<int>(p.K_A / STAGE_K);
+  args.b_step_bytes = args.b_row_bytes * STEPS * tile.warps;
+  args.k_a = static_cast<int>(p.K_A);
+  args.halves = p.group != p.K && p.group % STAGE_K != 0;
+  args.wide_c = p.N_C % 2 == 0 && is_aligned(p.C, 4);
+  args.bias = static_cast<const half*>(p.bias);
+  args.C = static_cast<half*>(p.C);
+  args.n_c = p.N_C;
+  args.parts = reinterpret_cast<uint2*>(locks);
+  args.counters = locks + int64_t{2} * grid * TILE_N * tile.tokens;
+  return launch_any(args, grid, overlap, config.tile_idx, static_cast<cudaStream_t>(stream),
+                    std::make_integer_sequence<int, kNumTiles>());
+}
+
+}  // namespace marlin
+#endif
