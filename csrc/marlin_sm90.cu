@@ -64,10 +64,10 @@ struct Tile {
     const int exchange = exchange_bytes(exchange_blocks());
     return exchange > patches ? exchange : patches;
   }
-  // As many as fit: what is on its way from memory must outweigh what the teams are working on.
+  // What is on its way from memory must outweigh what the teams are working on; more than 8 only delays the first.
   MARLIN_HD constexpr int stages() const {
     const int most = (SMEM_BYTES - 2048 - scratch_bytes() - inbox_bytes()) / stage_bytes();
-    return most < 24 ? most : 24;
+    return most < 8 ? most : 8;
   }
   // Registers of a thread: what the launch gives all alike, and what producer and consumers have where that is too little.
   MARLIN_HD constexpr int launch_registers() const { return 512 / (consumers() / 128 + 1) / 8 * 8; }
