@@ -3,7 +3,8 @@
     PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool racecheck --kernel-name kns=marlin \\
         --error-exitcode 1 python tests/sanitize.py
 
-Each is checked against float64 as well. Depends on gpu_problems.py; `make gpu-sanitize` calls it.
+Each is checked against float64 as well. `python tests/sanitize.py sm90 sm90_few` runs these backends only.
+Depends on gpu_problems.py; `make gpu-sanitize` calls it.
 """
 
 from __future__ import annotations
@@ -37,7 +38,10 @@ def main() -> int:
         log.error("sanitize: torch sees no CUDA device")
         return 1
     num_wrong = 0
+    backends = sys.argv[1:] or ["sm80", "sm90", "sm90_few"]
     for kind, case in sorted(cases_of_all_configs().items()):
+        if case.backend not in backends:
+            continue
         if case.M * case.K * case.N > MAX_MULTIPLICATIONS:
             log.warning(f"{kind} {case}: too large, left out")
             continue
@@ -52,8 +56,8 @@ def main() -> int:
         log.info(f"{kind} {case}: {err:.1e}, {seconds:.1f} s")
     # Tails of K and N, and a bias.
     weight = random_weight(256, 192, 32)
-    for backend in ("sm80", "auto"):
-        for M in (1, 7, 33, 130):
+    for backend in (*backends, "auto"):
+        for M in (1, 7) if backend == "sm90_few" else (1, 7, 33, 130):
             x = random_A(M, 250)
             bias = random_A(1, 150)[0]
             with forced(backend):
