@@ -3,7 +3,7 @@
     PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool racecheck --kernel-name kns=marlin \\
         --error-exitcode 1 python tests/sanitize.py
 
-Each is checked against float64 as well. `python tests/sanitize.py sm90 sm90_few` runs these backends only.
+Each is checked against float64 as well. `python tests/sanitize.py sm90 sm90_few` runs only these.
 Depends on gpu_problems.py; `make gpu-sanitize` calls it.
 """
 
