@@ -59,8 +59,8 @@ struct TileCost {
 constexpr TileCost kTiles[] = {
     // 8 tokens
     {{4, 1, 1, 1, 8, 4}, 0.0788f, 0.55f, 1.59f},
-    {{4, 1, 4, 1, 4, 3}, 0.2918f, 0.43f, 3.65f},
-    {{4, 1, 1, 1, 8, 3}, 0.0798f, 0.42f, 1.67f},
+    {{4, 1, 4, 1, 4, 3}, 0.2600f, 0.20f, 8.00f},
+    {{4, 1, 1, 1, 8, 3}, 0.0798f, 0.43f, 1.67f},
     // 16
     {{4, 2, 1, 1, 8, 4}, 0.0907f, 0.61f, 2.05f},
     {{4, 2, 4, 1, 3, 3}, 0.3395f, 0.32f, 3.35f},
@@ -71,19 +71,19 @@ constexpr TileCost kTiles[] = {
     {{4, 4, 1, 1, 4, 3}, 0.1323f, 0.76f, 1.75f},
     // 48, 64
     {{4, 6, 2, 1, 4, 3}, 0.2969f, 0.39f, 3.26f},
-    {{4, 6, 4, 1, 2, 4}, 0.5907f, 0.00f, 5.11f},
+    {{4, 6, 4, 1, 2, 4}, 0.5907f, 0.01f, 4.51f},
     {{4, 8, 2, 1, 4, 3}, 0.3613f, 1.51f, 3.16f},
     {{4, 8, 4, 1, 2, 4}, 0.7357f, 0.13f, 4.99f},
     {{4, 8, 2, 1, 2, 3}, 0.4533f, 0.93f, 3.24f},
-    {{4, 6, 1, 1, 8, 2}, 0.1624f, 1.41f, 2.69f},
-    {{4, 8, 1, 1, 8, 2}, 0.1942f, 1.91f, 2.55f},
+    {{4, 6, 1, 1, 8, 2}, 0.1569f, 1.41f, 2.69f},
+    {{4, 8, 1, 1, 8, 2}, 0.1779f, 2.34f, 2.55f},
     // 96, 128
     {{2, 16, 2, 1, 4, 2}, 0.3999f, 0.71f, 2.33f},
-    {{2, 12, 2, 1, 4, 3}, 0.2948f, 0.48f, 2.19f},
-    {{2, 12, 8, 1, 1, 4}, 1.0926f, 0.00f, 6.30f},
-    {{2, 12, 4, 1, 2, 4}, 0.5411f, 0.35f, 3.37f},
+    {{2, 12, 2, 1, 4, 3}, 0.3745f, 0.54f, 2.19f},
+    {{2, 12, 8, 1, 1, 4}, 1.0926f, 0.01f, 6.30f},
+    {{2, 12, 4, 1, 2, 4}, 0.6496f, 0.35f, 3.37f},
     {{2, 16, 4, 1, 2, 4}, 0.6806f, 1.42f, 2.82f},
-    {{2, 16, 8, 1, 1, 4}, 1.3272f, 0.00f, 8.05f},
+    {{2, 16, 8, 1, 1, 4}, 1.3113f, 0.01f, 7.64f},
     {{2, 16, 4, 1, 1, 4}, 0.7263f, 1.34f, 4.01f},
 };
 constexpr int kNumTiles = sizeof(kTiles) / sizeof(kTiles[0]);
@@ -498,7 +498,7 @@ __global__ void __launch_bounds__(32 * kWarpsN * kWarpsM * kTeams, 1) marlin_ker
   // A step is worked off in chunks of token blocks, in which the left operand changes last. A warp reads ahead of its
   // products: the A of the next chunk, the words of the next step. These words are dequantised between the products of this
   // step, a register at a time: with two warps a scheduler, a run of conversions would leave the tensor cores idle.
-  constexpr int kChunks = kBlocksM > 8 ? 2 : 1, kChunkBlocks = kFew ? 2 : kBlocksM / kChunks;
+  constexpr int kChunks = kBlocksM > 8 && kTeams > 1 ? 2 : 1, kChunkBlocks = kFew ? 2 : kBlocksM / kChunks;
   constexpr int kPairs = kFew ? 1 : kBlocksM / 2, kChunkPairs = kChunkBlocks / 2;  // ldmatrix brings two n8 blocks
   constexpr int kBuffers = 2 * kChunkPairs;
   uint32_t a_frag[kBuffers][2][2];  // (buffers, n8 blocks, k halves)
@@ -628,7 +628,7 @@ __global__ void __launch_bounds__(32 * kWarpsN * kWarpsM * kTeams, 1) marlin_ker
   // The sums over the teams: a thread of team r owns every kTeams-th fragment from r on.
   auto reduce_teams = [&](float4(&own)[kOwn]) {
     constexpr int kRound = kPatch >= 1024 ? 8 : 4, kSlot = kPatch / 4;  // fragments that fit into a patch; its float4
-    static_assert(kTeams == 1 || (kRound * 128 <= kPatch && kFragments % kRound == 0));
+    static_assert(kRound * 128 <= kPatch && kFragments % kRound == 0);
     float4* const slots = reinterpret_cast<float4*>(patches) + thread_anew() % 32;
 #pragma unroll
     for (int f0 = 0; f0 < kFragments; f0 += kRound) {
@@ -636,7 +636,7 @@ __global__ void __launch_bounds__(32 * kWarpsN * kWarpsM * kTeams, 1) marlin_ker
       for (int i = 0; i < kRound; ++i) {
         if ((f0 + i) % kTeams != team) slots[warp * kSlot + i * 32] = fragment(f0 + i);
       }
-      if constexpr (kTeams > 1) __syncthreads();
+      __syncthreads();
 #pragma unroll
       for (int i = 0; i < kRound; ++i) {
         if ((f0 + i) % kTeams != team) continue;
@@ -648,7 +648,7 @@ __global__ void __launch_bounds__(32 * kWarpsN * kWarpsM * kTeams, 1) marlin_ker
           sum = r == 0 ? part : add(sum, part);
         }
       }
-      if constexpr (kTeams > 1) __syncthreads();
+      __syncthreads();
     }
   };
   // A CTA shares at most two tiles with others: that of its first stage, and that of its last.
@@ -656,13 +656,53 @@ __global__ void __launch_bounds__(32 * kWarpsN * kWarpsM * kTeams, 1) marlin_ker
     return reinterpret_cast<float4*>(args.partials) +
            (2 * static_cast<int64_t>(cta) + begins_tile) * (kFragments * kTeamThreads) + thread_anew();
   };
-  // Sums a tile that the CTAs from first to last share; false if that is left to one of the others.
+  // Whether this CTA is the last to count, after all of its threads have written their parts.
+  auto count = [&](int first, int last) {
+    // The barrier puts the stores of all threads before thread 0's release, and its acquire before their loads.
+    __syncthreads();
+    if (threadIdx.x == 0) is_last = fetch_add_acq_rel(args.locks + first, 1) == last - first;
+    __syncthreads();
+    return is_last != 0;
+  };
+  // Sums a tile that the CTAs from first to last share, in this order; false if that is left to one of the others. By a single
+  // team: in the accumulators, since no registers are left for other sums.
+  auto reduce_in_place = [&](int first, int last, int64_t tokens_here) {
+    const int blocks_here = static_cast<int>(min(int64_t{kTokens}, tokens_here) + 7) / 8 - warp_m * kBlocksM;
+    if (threadIdx.x == 0) {  // have all others counted already? As a rule, the first has its part last
+      is_last = cta == first && load_relaxed(args.locks + first) == last - first;
+      if (is_last) fence_acq_rel();
+    }
+    __syncthreads();
+    int other = first + 1;
+    if (!is_last) {
+      float4* const partial = partial_of(cta, cta == first);
+#pragma unroll
+      for (int f = 0; f < kFragments; ++f) {
+        if (f / kBlocksN < blocks_here) __stcg(partial + f * kThreads, fragment(f));
+      }
+      if (!count(first, last)) return false;
+      clear(acc);
+      other = first;
+    }
+#pragma unroll 1
+    for (; other <= last; ++other) {
+      const float4* const partial = partial_of(other, other == first);
+#pragma unroll
+      for (int f = 0; f < kFragments; ++f) {  // no batches: as many loads in flight as the compiler finds registers for
+        if (f / kBlocksN >= blocks_here) continue;
+        const float4 sum = add(fragment(f), __ldcg(partial + f * kThreads));
+        float (&c)[4] = acc[f % kBlocksN][f / kBlocksN];
+        c[0] = sum.x, c[1] = sum.y, c[2] = sum.z, c[3] = sum.w;
+      }
+    }
+    if (threadIdx.x == 0) args.locks[first] = 0;
+    return true;
+  };
+  // The same by several teams.
   auto reduce_across_ctas = [&](int first, int last, int64_t tokens_here) {
-    // Have all others counted already? The answer arrives while the teams' sums are added up. A single team has no registers
-    // for sums beside its own: it reads back what it wrote.
-    constexpr bool kKeepsOwn = kTeams > 1;
+    // Have all others counted already? The answer arrives while the teams' sums are added up.
     int counted = 0;
-    if (kKeepsOwn && threadIdx.x == 0) counted = load_relaxed(args.locks + first);
+    if (threadIdx.x == 0) counted = load_relaxed(args.locks + first);
     float4 own[kOwn];
     reduce_teams(own);
     const int blocks_here = static_cast<int>(min(int64_t{kTokens}, tokens_here) + 7) / 8 - warp_m * kBlocksM;
@@ -670,22 +710,18 @@ __global__ void __launch_bounds__(32 * kWarpsN * kWarpsM * kTeams, 1) marlin_ker
       const int f = k * kTeams + team;
       return (kFragments % kTeams == 0 || f < kFragments) && f / kBlocksN < blocks_here;
     };
-    if (kKeepsOwn && threadIdx.x == 0) {
+    if (threadIdx.x == 0) {
       is_last = counted == last - first;
       if (is_last) fence_acq_rel();
     }
     __syncthreads();
-    if (!kKeepsOwn || !is_last) {
+    if (!is_last) {
       float4* partial = partial_of(cta, cta == first);
 #pragma unroll
       for (int k = 0; k < kOwn; ++k) {
         if (needed(k)) __stcg(partial + k * kThreads, own[k]);
       }
-      // The barrier puts the stores of all threads before thread 0's release, and its acquire before their loads.
-      __syncthreads();
-      if (threadIdx.x == 0) is_last = fetch_add_acq_rel(args.locks + first, 1) == last - first;
-      __syncthreads();
-      if (!is_last) return false;
+      if (!count(first, last)) return false;
     }
     // Loads in flight: a round trip to L2 takes most of a microsecond.
     constexpr int kBatch = kTeams == 2 ? 4 : kOwn < 8 ? kOwn : 8;
@@ -700,8 +736,8 @@ __global__ void __launch_bounds__(32 * kWarpsN * kWarpsM * kTeams, 1) marlin_ker
         float4 v[kBatch];
 #pragma unroll
         for (int i = 0; i < kBatch; ++i) {
-          v[i] = kKeepsOwn ? own[k0 + i] : make_float4(0, 0, 0, 0);
-          if (needed(k0 + i) && !(kKeepsOwn && other == cta)) v[i] = __ldcg(partial + (k0 + i) * kThreads);
+          v[i] = own[k0 + i];
+          if (needed(k0 + i) && other != cta) v[i] = __ldcg(partial + (k0 + i) * kThreads);
         }
 #pragma unroll
         for (int i = 0; i < kBatch; ++i) sum[i] = add(sum[i], v[i]);
@@ -723,7 +759,13 @@ __global__ void __launch_bounds__(32 * kWarpsN * kWarpsM * kTeams, 1) marlin_ker
     const int n0 = tile / args.token_tiles * kFeatures;
     const int64_t m0 = static_cast<int64_t>(tile % args.token_tiles) * kTokens;
     const int first = cta_of(tile * args.k_stages), last = cta_of((tile + 1) * args.k_stages - 1);
-    if (first == last || reduce_across_ctas(first, last, p.M - m0)) write_tile(n0, m0);
+    bool writes = first == last;
+    if constexpr (kTeams == 1) {
+      if (!writes) writes = reduce_in_place(first, last, p.M - m0);
+    } else {
+      if (!writes) writes = reduce_across_ctas(first, last, p.M - m0);
+    }
+    if (writes) write_tile(n0, m0);
   };
 
   // ---- main loop -----------------------------------------------------------------------------------------------------
