@@ -285,8 +285,8 @@ def test_layers_of_several_kinds_keep_theirs(tmp_path: pathlib.Path) -> None:
         checkpoint.convert(source, tmp_path / target, target)
         after = records(tmp_path / target)
         assert {name: record.simplified().groupsize for name, record in after.items()} == before
-    config = json.loads((tmp_path / "gptq" / "config.json").read_text())["quantization_config"]
-    assert config["dynamic"][r"-:^model\.layers\.0\.self_attn\.v_proj$"] == {}
+        config = json.loads((tmp_path / target / "config.json").read_text())["quantization_config"]
+        assert config["dynamic"][r"-:^model\.layers\.0\.self_attn\.v_proj$"] == {}
     assert config == json.loads((tmp_path / "gptq" / "quantize_config.json").read_text())
 
 

@@ -335,8 +335,8 @@ def quantization_config(
         changed = {key: own for key, (own, usual) in changes.items() if own != usual}
         if changed:
             dynamic[f"+:^{re.escape(name)}$"] = changed
+    dynamic |= {f"-:^{re.escape(name)}$": {} for name in dense if name != "lm_head"}
     if format == "gptq":
-        dynamic |= {f"-:^{re.escape(name)}$": {} for name in dense if name != "lm_head"}
         return gptq.configuration(default, dynamic, "lm_head" in specs)
     return marlin.configuration(default, dynamic, "lm_head" in specs)
 
