@@ -154,7 +154,7 @@ def save(
         for name, layer in layers.items():
             record = marlin.record_of(layer)
             specs[name] = _spec(record)
-            yield from _written(format, name, record, symmetric).items()
+            yield from tensors_of(format, name, record, symmetric).items()
 
     def extras(folder: pathlib.Path) -> None:
         if getattr(model, "generation_config", None) is not None:
@@ -207,7 +207,7 @@ def convert(
                 progress(name, i, count)
             record = read.record(name)
             specs[name] = _spec(record)
-            yield from _written(format, name, record, symmetric).items()
+            yield from tensors_of(format, name, record, symmetric).items()
 
     dense = [
         name
@@ -239,7 +239,7 @@ def check_format(format: str) -> None:
         )
 
 
-def _written(format: str, name: str, record: Record, symmetric: bool) -> dict[str, Tensor]:
+def tensors_of(format: str, name: str, record: Record, symmetric: bool) -> dict[str, Tensor]:
     """The tensors of a layer; symmetric is whether all layers of the checkpoint are."""
     if format == "gptq":
         return gptq.write(name, record, version=1 if symmetric else 2)
