@@ -26,7 +26,6 @@ from .record import (
     num_groups,
     read_bias,
     read_scales,
-    unpack_last,
 )
 
 MARK = "qweight"
