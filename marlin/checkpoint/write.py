@@ -141,7 +141,7 @@ def save(
         >>> marlin.checkpoint.save(model, tokenizer, "llama-marlin")
     """
     check_format(format)
-    layers = {name: module for name, module in model.named_modules() if isinstance(module, Layer)}
+    layers = _layers(model)
     if not layers:
         raise CheckpointError("marlin.checkpoint.save: the model has no marlin.Layer")
     symmetric = all(layer.z is None for layer in layers.values())
@@ -225,6 +225,12 @@ def convert(
         lambda folder: _copy_extras(read, folder),
         shard_bytes,
     )
+
+
+def _layers(model: nn.Module) -> dict[str, Layer]:
+    """The Marlin layers by name; one that has several names, a shared one, under each of them."""
+    named = model.named_modules(remove_duplicate=False)
+    return {name: module for name, module in named if isinstance(module, Layer)}
 
 
 def check_format(format: str) -> None:
@@ -347,7 +353,7 @@ def layers_config(model: nn.Module) -> dict[str, Any]:
     Args:
         model: with Marlin layers.
     """
-    layers = {name: module for name, module in model.named_modules() if isinstance(module, Layer)}
+    layers = _layers(model)
     specs = {
         name: Spec(
             -1 if layer.groupsize == layer.k else layer.groupsize,
