@@ -257,6 +257,22 @@ def test_a_package_that_is_missing_is_named(
     assert "this needs the package transformers" in error and error.count("\n") == 1
 
 
+def test_calibration_without_the_source_tree_says_what_it_needs(
+    dense: pathlib.Path,
+    text: pathlib.Path,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: pathlib.Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for name in ("gptq", "gptq.data", "gptq.gptq", "gptq.llama2"):
+        monkeypatch.setitem(sys.modules, name, None)  # as in an installed package
+    new = tmp_path / "new"
+    error = run(capsys, "quantize", dense, new, "--calibrate", text, status=1)
+    assert "--calibrate needs the folder gptq/ of the source tree" in error
+    assert "PYTHONPATH" in error and error.count("\n") == 1
+    assert not new.exists()
+
+
 # --------------------------------------------------------------------------------------------------
 # check and bench
 # --------------------------------------------------------------------------------------------------
