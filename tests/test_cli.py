@@ -110,6 +110,24 @@ def test_what_cannot_be_converted_is_one_sentence_and_status_1(
     assert not (tmp_path / "b").exists()
 
 
+def test_a_bit_that_flipped_stops_a_conversion_and_leaves_the_old_folder(
+    capsys: pytest.CaptureFixture[str], tmp_path: pathlib.Path
+) -> None:
+    formats.folder(tmp_path / "a", "gptq")
+    run(capsys, "convert", tmp_path / "a", tmp_path / "marlin")
+    run(capsys, "convert", tmp_path / "a", tmp_path / "old", "--to", "compressed-tensors")
+    file = tmp_path / "marlin" / "model.safetensors"
+    data = bytearray(file.read_bytes())
+    data[-1000] ^= 16  # in a tensor's values, where only the checksum can notice
+    file.write_bytes(data)
+    before = {path.name: path.read_bytes() for path in (tmp_path / "old").iterdir()}
+    arguments = ("convert", tmp_path / "marlin", tmp_path / "old", "--to", "gptq")
+    error = run(capsys, *arguments, status=1)
+    assert error.count("\n") == 1 and str(file) in error and "CRC-32" in error
+    assert {path.name: path.read_bytes() for path in (tmp_path / "old").iterdir()} == before
+    assert {path.name for path in tmp_path.iterdir()} == {"a", "marlin", "old"}
+
+
 # --------------------------------------------------------------------------------------------------
 # quantize and eval
 # --------------------------------------------------------------------------------------------------
