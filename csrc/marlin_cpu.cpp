@@ -261,6 +261,10 @@ MARLIN_AVX2_INLINE void fetch_avx2(const int32_t* words) {
   for (int line = 0; line < 2; ++line) _mm_prefetch(reinterpret_cast<const char*>(words + 16 * line), _MM_HINT_T0);
 }
 
+// The same of the next panel's scales or zero points of one group: rows of them are too far apart for the processor to
+// foresee.
+MARLIN_AVX2_INLINE void fetch_scales(const uint16_t* s) { _mm_prefetch(reinterpret_cast<const char*>(s), _MM_HINT_T0); }
+
 // The words of lanes with one t, of two lane groups: 4 of each.
 MARLIN_AVX2_INLINE __m256i words_avx2(const int32_t* words, int t) {
   const __m128i* quads = reinterpret_cast<const __m128i*>(words);
@@ -363,6 +367,8 @@ MARLIN_AVX2 void direct_avx2(const Panel& panel, const float* A, const float* A_
     for (auto& token : acc) {
       for (auto& chains : token) std::fill_n(chains, kChains, _mm256_setzero_ps());
     }
+    fetch_scales(panel.s + s_idx + 2 * kLanesAvx2);
+    if (kZeros) fetch_scales(panel.z + s_idx + 2 * kLanesAvx2);
     for (; k16 < k16_end; ++k16) {
       const int32_t* words = panel.B + k16 * panel.b_stride;
       fetch_avx2(panel.B_next + k16 * panel.b_stride);
@@ -530,6 +536,8 @@ MARLIN_AVX512 void direct_avx512(const Panel& panel, const float* A, const float
     for (auto& token : acc) {
       for (auto& chains : token) std::fill_n(chains, kChains, _mm512_setzero_ps());
     }
+    fetch_scales(panel.s + s_idx + 2 * kLanesAvx512);
+    if (kZeros) fetch_scales(panel.z + s_idx + 2 * kLanesAvx512);
     for (; k16 < k16_end; ++k16) {
       const int32_t* words = panel.B + k16 * panel.b_stride;
       fetch_avx512(panel.B_next + k16 * panel.b_stride);

@@ -14,8 +14,8 @@ TILE_K = 16  # rows of the weight in one row of B
 TILE_N = 64  # features in one chunk
 ZERO_POINT = 8  # the stored value that means 0
 
-_CHUNK_ROWS = 64  # rows of B packed at a time: temporaries of some 10 MB per 8192 features
-_CHUNK_VALUES = 1 << 19  # values packed at a time where features are adjacent: stays in cache
+_CHUNK_ROWS = 32  # rows of B packed at a time: temporaries of some 5 MB per 8192 features
+_CHUNK_VALUES = 1 << 20  # values packed at a time where features are adjacent: stays in cache
 
 
 def nibble_index(K: int, N: int, device: torch.device | str | None = None) -> tuple[Tensor, Tensor]:
@@ -88,12 +88,14 @@ def pack_weights(q: Tensor) -> Tensor:
     if q.stride(0) == 1:  # a feature's values are adjacent, as in a linear's weight
         features = max(TILE_N, _CHUNK_VALUES // K // TILE_N * TILE_N)
         for n in range(0, N, features):
-            part = q[:, n : n + features]
-            B[:, 2 * n : 2 * (n + part.shape[1])] = _pack_features(part.t())
+            part = q[:, n : n + features].t()
+            words = torch.empty(K // TILE_K, 2 * part.shape[0], dtype=torch.int32, device=q.device)
+            _pack_features(part, words)
+            B[:, 2 * n : 2 * (n + part.shape[0])] = words
     else:
         for row in range(0, K // TILE_K, _CHUNK_ROWS):
             rows = q[TILE_K * row : TILE_K * (row + _CHUNK_ROWS)]
-            B[row : row + _CHUNK_ROWS] = _pack_rows(rows)
+            _pack_rows(rows, B[row : row + _CHUNK_ROWS])
     return B
 
 
@@ -101,36 +103,53 @@ def _outside() -> ValueError:
     return ValueError("marlin.pack_weights: q has a value outside 0..15")
 
 
-def _pack_features(q: Tensor) -> Tensor:
-    """Pack (N, K), values of a feature adjacent, eight of them at a time: a transpose of single
-    bytes, which _pack_rows would need, takes ten times as long as all of this."""
+def _bytes(q: Tensor) -> Tensor:
+    """Values as bytes that may be seen as words of 64 bits: contiguous, and at a multiple of 8."""
+    q = q.to(torch.uint8).contiguous()
+    return q.clone() if q.storage_offset() % 8 else q
+
+
+def _pack_features(q: Tensor, out: Tensor) -> None:
+    """Pack (N, K), values of a feature adjacent, into out (K / 16, 2 N): 16 of them become 8 bytes
+    at once, and those are transposed. A transpose of single bytes, which _pack_rows would need,
+    takes as long as all of this."""
     if q.dtype != torch.uint8 and (int(q.min()) < 0 or int(q.max()) > 15):
         raise _outside()
     N, K = q.shape
     # The eight bytes of a word are k = 8 far + 2 t + odd, least significant first.
-    word = q.to(torch.uint8).contiguous().view(torch.int64).view(N, K // TILE_K, 2)
+    word = _bytes(q).view(torch.int64).view(N, K // TILE_K, 2)
     if bool((word & -0x0F0F0F0F0F0F0F10).any()):  # the upper half of any byte
         raise _outside()
-    both = (word[..., 0] | (word[..., 1] << 4)).view(N // TILE_N, 4, 2, 8, K // TILE_K)
-    lower, upper = (both[:, :, i].contiguous().view(torch.uint8) for i in range(2))
-    pairs = torch.stack((lower, upper), dim=-1).view(N // TILE_N, 4, 8, K // TILE_K, 16)
-    words = pairs.view(torch.int32)  # (chunks, j, g, k16 rows, t)
-    return words.permute(3, 0, 2, 4, 1).reshape(K // TILE_K, 2 * N)
+    both = (word[..., 1] << 4).bitwise_or_(word[..., 0])  # (n, k16 rows): a byte has both far
+    g = both.t().contiguous().view(K // TILE_K, N // TILE_K, 2, 8)  # (.., upper, g)
+    lower, upper, bytes_ = g[:, :, 0], g[:, :, 1], 0x00FF00FF00FF00FF
+    even = (lower & bytes_).bitwise_or_((upper & bytes_) << 8)  # 16 bits for each t
+    odd = ((lower >> 8) & bytes_).bitwise_or_(upper & ~bytes_)
+    halves = [x.view(torch.int16).view(-1, N // TILE_N, 4, 8, 4) for x in (even, odd)]
+    words = torch.stack(halves, -1).view(torch.int32).squeeze(-1)  # (.., chunks, j, g, t)
+    out.view(-1, N // TILE_N, 8, 4, 4).copy_(words.permute(0, 1, 3, 4, 2))
 
 
-def _pack_rows(q: Tensor) -> Tensor:
-    """Pack (K, N), values of a row adjacent. They stay so until the last step: elements are cheap
-    to combine and dear to transpose, and a word is a quarter as many elements as the bytes in it.
-    See nibble_index for the names."""
-    if int(q.min()) < 0 or int(q.max()) > 15:
+def _pack_rows(q: Tensor, out: Tensor) -> None:
+    """Pack (K, N), values of a row adjacent, into out (K / 16, 2 N). They stay so until the last
+    step: elements are cheap to combine and dear to transpose, and eight neighbours are combined at
+    once. See nibble_index for the names."""
+    low, high = (int(x) for x in torch.aminmax(q))
+    if low < 0 or high > 15:
         raise _outside()
     N = q.shape[1]
-    k_far = q.to(torch.uint8).contiguous().view(-1, 2, 4, 2, N)  # (k16 rows, far, t, odd, n)
-    low = (k_far[:, 0] | (k_far[:, 1] << 4)).view(-1, 4, 2, N // 16, 2, 8)  # (.., upper, g)
-    half = low[..., 0, :].to(torch.int16) | (low[..., 1, :].to(torch.int16) << 8)
-    word = (half[:, :, 0].to(torch.int32) & 0xFFFF) | (half[:, :, 1].to(torch.int32) << 16)
-    word = word.view(-1, 4, N // TILE_N, 4, 8)  # (k16 rows, t, chunks, j, g)
-    return word.permute(0, 2, 4, 1, 3).reshape(-1, 2 * N)
+    rows = _bytes(q).view(-1, 2, 4, 2, N).view(torch.int64)  # (k16 rows, far, t, odd, n / 8)
+    both = (rows[:, 1] << 4).bitwise_or_(rows[:, 0]).view(-1, 4, 2, N // TILE_K, 2)  # (.., upper)
+    # Byte i of a word of B is byte g of the i-th of these; g and g + 4 are made at once.
+    bytes_g = [both[:, :, odd, :, upper] for odd in range(2) for upper in range(2)]
+    words = torch.empty(4, *bytes_g[0].shape, dtype=torch.int64, device=q.device)
+    masks = (0x000000FF000000FF, 0x0000FF000000FF00, 0x00FF000000FF0000, -0x00FFFFFF01000000)
+    for g in range(4):
+        for i, (byte, mask) in enumerate(zip(bytes_g, masks, strict=True)):
+            moved = (byte >> 8 * (g - i) if g >= i else byte << 8 * (i - g)).bitwise_and_(mask)
+            words[g] = moved if i == 0 else words[g].bitwise_or_(moved)
+    by_g = words.view(torch.int32).view(4, -1, 4, N // TILE_N, 4, 2)  # (g % 4, .., t, .., j, g / 4)
+    out.view(-1, N // TILE_N, 2, 4, 4, 4).copy_(by_g.permute(1, 3, 5, 0, 2, 4))
 
 
 def unpack_weights(B: Tensor) -> Tensor:

@@ -110,6 +110,24 @@ def test_what_cannot_be_converted_is_one_sentence_and_status_1(
     assert not (tmp_path / "b").exists()
 
 
+def test_a_bit_that_flipped_stops_a_conversion_and_leaves_the_old_folder(
+    capsys: pytest.CaptureFixture[str], tmp_path: pathlib.Path
+) -> None:
+    formats.folder(tmp_path / "a", "gptq")
+    run(capsys, "convert", tmp_path / "a", tmp_path / "marlin")
+    run(capsys, "convert", tmp_path / "a", tmp_path / "old", "--to", "compressed-tensors")
+    file = tmp_path / "marlin" / "model.safetensors"
+    data = bytearray(file.read_bytes())
+    data[-1000] ^= 16  # in a tensor's values, where only the checksum can notice
+    file.write_bytes(data)
+    before = {path.name: path.read_bytes() for path in (tmp_path / "old").iterdir()}
+    arguments = ("convert", tmp_path / "marlin", tmp_path / "old", "--to", "gptq")
+    error = run(capsys, *arguments, status=1)
+    assert error.count("\n") == 1 and str(file) in error and "CRC-32" in error
+    assert {path.name: path.read_bytes() for path in (tmp_path / "old").iterdir()} == before
+    assert {path.name for path in tmp_path.iterdir()} == {"a", "marlin", "old"}
+
+
 # --------------------------------------------------------------------------------------------------
 # quantize and eval
 # --------------------------------------------------------------------------------------------------
@@ -255,6 +273,22 @@ def test_a_package_that_is_missing_is_named(
     monkeypatch.setitem(sys.modules, "transformers", None)
     error = run(capsys, "info", test_formats.FIXTURES / "gptq", status=1)
     assert "this needs the package transformers" in error and error.count("\n") == 1
+
+
+def test_calibration_without_the_source_tree_says_what_it_needs(
+    dense: pathlib.Path,
+    text: pathlib.Path,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: pathlib.Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for name in ("gptq", "gptq.data", "gptq.gptq", "gptq.llama2"):
+        monkeypatch.setitem(sys.modules, name, None)  # as in an installed package
+    new = tmp_path / "new"
+    error = run(capsys, "quantize", dense, new, "--calibrate", text, status=1)
+    assert "--calibrate needs the folder gptq/ of the source tree" in error
+    assert "PYTHONPATH" in error and error.count("\n") == 1
+    assert not new.exists()
 
 
 # --------------------------------------------------------------------------------------------------

@@ -224,6 +224,23 @@ def test_a_name_of_the_hub_is_fetched_without_code(
     assert len(checkpoint.open_checkpoint("somebody/llama-gptq").linears) == 7
     assert asked[0][0] == "somebody/llama-gptq"
     assert not any(pattern.endswith((".py", ".bin", "*")) for pattern in asked[0][1])
+    loaded = marlin.load("somebody/llama-gptq")
+    assert torch.equal(logits(loaded, 29), logits(marlin.load(test_formats.FIXTURES / "gptq"), 29))
+
+
+def test_a_hub_that_cannot_be_reached_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+    import huggingface_hub
+
+    def fetch(*args: Any, **kwargs: Any) -> str:
+        raise ConnectionError("no route to host\nand a page of more")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", fetch)
+    with pytest.raises(checkpoint.CheckpointError) as error:
+        marlin.load("somebody/llama-gptq")
+    assert str(error.value) == (
+        "marlin.checkpoint.load: somebody/llama-gptq is no folder here, and could not be fetched "
+        "from the hub: no route to host"
+    )
 
 
 # --------------------------------------------------------------------------------------------------
@@ -285,9 +302,23 @@ def test_layers_of_several_kinds_keep_theirs(tmp_path: pathlib.Path) -> None:
         checkpoint.convert(source, tmp_path / target, target)
         after = records(tmp_path / target)
         assert {name: record.simplified().groupsize for name, record in after.items()} == before
-    config = json.loads((tmp_path / "gptq" / "config.json").read_text())["quantization_config"]
-    assert config["dynamic"][r"-:^model\.layers\.0\.self_attn\.v_proj$"] == {}
+        config = json.loads((tmp_path / target / "config.json").read_text())["quantization_config"]
+        assert config["dynamic"][r"-:^model\.layers\.0\.self_attn\.v_proj$"] == {}
     assert config == json.loads((tmp_path / "gptq" / "quantize_config.json").read_text())
+
+
+@pytest.mark.parametrize("form", TARGETS)
+def test_a_layer_of_two_names_is_saved_and_loaded_under_both(
+    form: str, tmp_path: pathlib.Path
+) -> None:
+    formats.folder(tmp_path / "a", "gptq")
+    model = marlin.load(tmp_path / "a")
+    model.model.layers[1].mlp = model.model.layers[0].mlp
+    checkpoint.save(model, None, tmp_path / "b", form)
+    assert torch.equal(logits(marlin.load(tmp_path / "b")), logits(model))
+    stored = records(tmp_path / "b")
+    assert len(stored) == 14
+    test_formats.equal(stored[GATE].simplified(), stored[GATE.replace("1", "0")].simplified())
 
 
 def test_shards_hold_what_one_file_does(tmp_path: pathlib.Path) -> None:

@@ -26,11 +26,11 @@ from .record import (
     num_groups,
     read_bias,
     read_scales,
-    unpack_last,
 )
 
 MARK = "qweight"
 ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
+_CHUNK_WORDS = 1 << 16
 
 
 def expected(name: str, k: int, n: int, spec: Spec) -> Expected:
@@ -54,17 +54,19 @@ def expected(name: str, k: int, n: int, spec: Spec) -> Expected:
 
 def _unpack(words: Tensor) -> Tensor:
     """(m, n / 8) int32 to (m, n) uint8 in the order of the features."""
-    # Even features are the lower four nibbles, odd ones the upper four: move them apart and put one
-    # between the others, a whole word at a time.
-    even = _apart(words & 0xFFFF)
-    odd = _apart((words >> 16) & 0xFFFF)
-    return unpack_last(even | (odd << 4), 8 * words.shape[1])
-
-
-def _apart(low: Tensor) -> Tensor:
-    """Nibbles 0, 1, 2, 3 of words go to 0, 2, 4, 6."""
-    low = (low | (low << 8)) & 0x00FF00FF
-    return (low | (low << 4)) & 0x0F0F0F0F
+    # Even features are the lower four nibbles, odd ones the upper four: move each four apart, to
+    # every second byte of 64 bits, and put one between the others; a few rows at a time, in cache.
+    out = torch.empty(words.shape, dtype=torch.int64, device=words.device)
+    num_rows = max(1, _CHUNK_WORDS // max(1, words.shape[1]))
+    for row in range(0, words.shape[0], num_rows):
+        even = out[row : row + num_rows].copy_(words[row : row + num_rows])
+        odd = (even >> 16).bitwise_and_(0xFFFF)
+        even.bitwise_and_(0xFFFF)
+        for four in (even, odd):
+            four.bitwise_or_(four << 24).bitwise_and_(0x000000FF000000FF)
+            four.bitwise_or_(four << 12).bitwise_and_(0x000F000F000F000F)
+        even.bitwise_or_(odd << 8)
+    return out.view(torch.uint8)
 
 
 def read(

@@ -28,6 +28,7 @@ from .record import (
     Record,
     check_order,
     integer_zeros,
+    named,
     num_groups,
     pack_last,
     read_bias,
@@ -119,16 +120,14 @@ def write(name: str, record: Record) -> dict[str, Tensor]:
             "version 0.19; write gptq or marlin instead"
         )
     tensors = {
-        f"{name}.weight_packed": pack_last(record.q),
-        f"{name}.weight_scale": record.scales.contiguous(),
-        f"{name}.weight_shape": torch.tensor([record.n, record.k]),
+        "weight_packed": pack_last(record.q),
+        "weight_scale": record.scales.contiguous(),
+        "weight_shape": torch.tensor([record.n, record.k]),
     }
     zeros = integer_zeros(name, record, "compressed-tensors")
     if zeros is not None:
-        tensors[f"{name}.weight_zero_point"] = pack_last(zeros.t()).t().contiguous()
-    if record.bias is not None:
-        tensors[f"{name}.bias"] = record.bias
-    return tensors
+        tensors["weight_zero_point"] = pack_last(zeros.t()).t().contiguous()
+    return named(name, record, tensors)
 
 
 def configuration(groups: dict[Spec, list[str] | None], ignore: list[str]) -> dict[str, Any]:

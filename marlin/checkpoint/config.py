@@ -78,6 +78,30 @@ class Scheme:
         return self.default
 
 
+def written(
+    form: str, stored: str, default: Spec, dynamic: dict[str, Any], lm_head: bool
+) -> dict[str, Any]:
+    """The quantisation config of files of marlin and gptq.
+
+    Args:
+        form: the quant_method.
+        stored: the checkpoint_format.
+        default: of the layers that `dynamic` says nothing about.
+        dynamic: overrides by regular expression, as GPTQModel has them.
+        lm_head: whether the output projection is compressed.
+    """
+    config = {
+        "quant_method": form,
+        "checkpoint_format": stored,
+        "bits": 4,
+        "group_size": default.groupsize,
+        "sym": default.symmetric,
+        "desc_act": default.act_order,
+        "lm_head": lm_head,
+    }
+    return config | ({"dynamic": dynamic} if dynamic else {})
+
+
 # --------------------------------------------------------------------------------------------------
 # Fields
 # --------------------------------------------------------------------------------------------------

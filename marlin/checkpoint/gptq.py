@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .config import Scheme, Spec
+from .config import Scheme, Spec, written
 from .errors import CheckpointError
 from .files import Shards
 from .record import (
@@ -30,6 +30,7 @@ from .record import (
     check_order,
     check_symmetric,
     integer_zeros,
+    named,
     num_groups,
     pack_first,
     pack_last,
@@ -137,35 +138,19 @@ def write(name: str, record: Record, version: int = 1) -> dict[str, Tensor]:
     if g_idx is None:
         g_idx = plain_order(record.k, record.groupsize, record.q.device)
     tensors = {
-        f"{name}.qweight": pack_first(record.q.t()),
-        f"{name}.qzeros": _add_to_words(pack_last(zeros.t()), -ONES if version == 1 else 0),
-        f"{name}.scales": record.scales.t().contiguous(),
-        f"{name}.g_idx": g_idx,
+        "qweight": pack_first(record.q.t()),
+        "qzeros": _add_to_words(pack_last(zeros.t()), -ONES if version == 1 else 0),
+        "scales": record.scales.t().contiguous(),
+        "g_idx": g_idx,
     }
-    if record.bias is not None:
-        tensors[f"{name}.bias"] = record.bias
-    return tensors
+    return named(name, record, tensors)
 
 
 def configuration(default: Spec, dynamic: dict[str, Any], lm_head: bool) -> dict[str, Any]:
-    """The quantisation config of files of this format.
-
-    Args:
-        default: of the layers that `dynamic` says nothing about.
-        dynamic: overrides by regular expression, as GPTQModel has them.
-        lm_head: whether the output projection is compressed.
-    """
+    """The quantisation config of files of this format; arguments as of config.written."""
     from .. import __version__
 
-    config = {
-        "quant_method": "gptq",
-        "checkpoint_format": "gptq" if default.symmetric else "gptq_v2",
-        "bits": 4,
-        "group_size": default.groupsize,
-        "sym": default.symmetric,
-        "desc_act": default.act_order,
-        "lm_head": lm_head,
-        "pack_dtype": "int32",
-        "meta": {"quantizer": [f"marlin-int4:{__version__}"]},
-    }
-    return config | ({"dynamic": dynamic} if dynamic else {})
+    stored = "gptq" if default.symmetric else "gptq_v2"
+    meta = {"quantizer": [f"marlin-int4:{__version__}"]}
+    config = written("gptq", stored, default, dynamic, lm_head)
+    return config | {"pack_dtype": "int32", "meta": meta}

@@ -17,10 +17,10 @@ import torch
 from torch import Tensor
 
 from ..layer import Layer
-from .config import Scheme, Spec
+from .config import Scheme, Spec, written
 from .errors import CheckpointError
 from .files import DTYPES, NAMES, Shards
-from .record import FLOATS, HALVES, Expected, Linear, Record, read_bias, read_scales
+from .record import FLOATS, HALVES, Expected, Linear, Record, named, read_bias, read_scales
 
 MARK = "B"
 
@@ -137,27 +137,9 @@ def layer_of(record: Record) -> Layer:
 
 def write(name: str, record: Record) -> dict[str, Tensor]:
     """The tensors of a layer."""
-    tensors = {f"{name}.{key}": value for key, value in layer_of(record).state_dict().items()}
-    if record.bias is not None:
-        tensors[f"{name}.bias"] = record.bias
-    return tensors
+    return named(name, record, layer_of(record).state_dict())
 
 
 def configuration(default: Spec, dynamic: dict[str, Any], lm_head: bool) -> dict[str, Any]:
-    """The quantisation config of files of this format.
-
-    Args:
-        default: of the layers that `dynamic` says nothing about.
-        dynamic: overrides by regular expression, as GPTQModel has them.
-        lm_head: whether the output projection is compressed.
-    """
-    config = {
-        "quant_method": "marlin",
-        "checkpoint_format": "marlin",
-        "bits": 4,
-        "group_size": default.groupsize,
-        "sym": default.symmetric,
-        "desc_act": default.act_order,
-        "lm_head": lm_head,
-    }
-    return config | ({"dynamic": dynamic} if dynamic else {})
+    """The quantisation config of files of this format; arguments as of config.written."""
+    return written("marlin", "marlin", default, dynamic, lm_head)

@@ -116,6 +116,13 @@ def integer_zeros(name: str, record: Record, format: str) -> Tensor | None:
     return record.zeros
 
 
+def named(name: str, record: Record, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors of a layer by their names in a file, with the record's bias if it has one."""
+    if record.bias is not None:
+        tensors = {**tensors, "bias": record.bias}
+    return {f"{name}.{suffix}": tensor for suffix, tensor in tensors.items()}
+
+
 def num_groups(k: int, groupsize: int) -> int:
     """Groups of k input features, the last of which may be shorter."""
     return 1 if groupsize == -1 else -(-k // groupsize)

@@ -141,7 +141,7 @@ def save(
         >>> marlin.checkpoint.save(model, tokenizer, "llama-marlin")
     """
     check_format(format)
-    layers = {name: module for name, module in model.named_modules() if isinstance(module, Layer)}
+    layers = _layers(model)
     if not layers:
         raise CheckpointError("marlin.checkpoint.save: the model has no marlin.Layer")
     symmetric = all(layer.z is None for layer in layers.values())
@@ -154,7 +154,7 @@ def save(
         for name, layer in layers.items():
             record = marlin.record_of(layer)
             specs[name] = _spec(record)
-            yield from _written(format, name, record, symmetric).items()
+            yield from tensors_of(format, name, record, symmetric).items()
 
     def extras(folder: pathlib.Path) -> None:
         if getattr(model, "generation_config", None) is not None:
@@ -207,7 +207,7 @@ def convert(
                 progress(name, i, count)
             record = read.record(name)
             specs[name] = _spec(record)
-            yield from _written(format, name, record, symmetric).items()
+            yield from tensors_of(format, name, record, symmetric).items()
 
     dense = [
         name
@@ -227,6 +227,12 @@ def convert(
     )
 
 
+def _layers(model: nn.Module) -> dict[str, Layer]:
+    """The Marlin layers by name; one that has several names, a shared one, under each of them."""
+    named = model.named_modules(remove_duplicate=False)
+    return {name: module for name, module in named if isinstance(module, Layer)}
+
+
 def check_format(format: str) -> None:
     """Makes sure that a format can be written.
 
@@ -239,7 +245,7 @@ def check_format(format: str) -> None:
         )
 
 
-def _written(format: str, name: str, record: Record, symmetric: bool) -> dict[str, Tensor]:
+def tensors_of(format: str, name: str, record: Record, symmetric: bool) -> dict[str, Tensor]:
     """The tensors of a layer; symmetric is whether all layers of the checkpoint are."""
     if format == "gptq":
         return gptq.write(name, record, version=1 if symmetric else 2)
@@ -335,8 +341,8 @@ def quantization_config(
         changed = {key: own for key, (own, usual) in changes.items() if own != usual}
         if changed:
             dynamic[f"+:^{re.escape(name)}$"] = changed
+    dynamic |= {f"-:^{re.escape(name)}$": {} for name in dense if name != "lm_head"}
     if format == "gptq":
-        dynamic |= {f"-:^{re.escape(name)}$": {} for name in dense if name != "lm_head"}
         return gptq.configuration(default, dynamic, "lm_head" in specs)
     return marlin.configuration(default, dynamic, "lm_head" in specs)
 
@@ -347,7 +353,7 @@ def layers_config(model: nn.Module) -> dict[str, Any]:
     Args:
         model: with Marlin layers.
     """
-    layers = {name: module for name, module in model.named_modules() if isinstance(module, Layer)}
+    layers = _layers(model)
     specs = {
         name: Spec(
             -1 if layer.groupsize == layer.k else layer.groupsize,

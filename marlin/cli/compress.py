@@ -155,8 +155,8 @@ def _gptq(
         llama2 = importlib.import_module("gptq.llama2")
     except ImportError as error:
         raise CommandError(
-            "marlin: --calibrate needs the folder gptq/ of the source tree on the Python path "
-            f"({first_line(error)})"
+            f"marlin: --calibrate needs the folder gptq/ of the source tree ({first_line(error)}); "
+            "run python -m marlin there, or put the source tree into PYTHONPATH"
         ) from error
     try:
         documents = data.load_text(text, data.CALIBRATION)
