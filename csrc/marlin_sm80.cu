@@ -857,10 +857,10 @@ Status run_sm80(const Problem& p, const Config& config, int32_t* locks, float* p
 
   const Tile& tile = kTiles[config.tile_idx].tile;
   const int64_t stages = ceil_div(p.K, STAGE_K), slices = ceil_div(p.N, tile.features());
-  const int64_t max_token_tiles = kMaxTotal / (stages * slices);
-  const int64_t token_tiles = ceil_div(p.M, tile.tokens());
-  if (token_tiles > max_token_tiles) {  // too long a line: one launch after the other
-    const int64_t head = max_token_tiles * tile.tokens();
+  const int64_t token_tiles = ceil_div(p.M, tile.tokens()), most = kMaxTotal / (stages * slices);
+  if (token_tiles > most) {  // too long a line: one launch after the other, which share tiles only if the whole would
+    const int64_t head = (most - most % config.grid) * tile.tokens();
+    if (head == 0) return Status::bad_shape;
     Problem first = p, rest = p;
     first.M = head;
     rest.M = p.M - head;
