@@ -286,15 +286,16 @@ const Device& device_info(int index) {
   return *devices[index];
 }
 
-// Zeroed int32 words for the kernels, counters most of them, which leave them zeroed. The caller's workspace is not used: frameworks re-create
-// such buffers uninitialised, and one that is not zero would spoil the result.
+// Zeroed int32 words for the kernels, counters most of them, which leave them zeroed. The caller's workspace is not used:
+// frameworks re-create such buffers uninitialised, and one that is not zero would spoil the result.
 //
 // Launches of one stream follow one another, so one set of counters serves them all; two streams never share one. A launch
 // that is captured into a graph may be replayed at any time and on any stream, so it must not share with eager launches
 // either: each (stream, capture) has a set of its own, two streams forked inside one capture have two. The sets are cut from
 // blocks of CUDA's own allocator, zeroed once and never given back, since nobody tells when the last replay is over: 1 KB
-// for each capture, up to 1 MB if one of at most 8 tokens is among its products. Torch's allocator would not do: under capture it serves from the graph's private pool, where
-// torch.compile's graphs tolerate nothing that outlives the call, and a set zeroed in each call costs a launch.
+// for each capture, up to 1 MB if a product of at most 8 tokens is in it. Torch's allocator would not do: under capture it
+// serves from the graph's private pool, where torch.compile's graphs tolerate nothing that outlives the call, and a set
+// zeroed in each call costs a launch.
 class LockPool {
  public:
   int32_t* get(int device, cudaStream_t stream, int num_locks) {

@@ -314,7 +314,7 @@ __global__ void __launch_bounds__(32 * kWarps, kPerSm) marlin_kernel(const __gri
   int unit = stripe_begin + warp;  // this warp's next stage in the line
 
   // ---- issue next loads: a cursor that runs ahead of the products, over the borders of tiles -------------------------
-  // Of a stage a lane copies 16 bytes of each k16 row of B, of rows `row`, `row` + 4 of A, and of row `row` of s, if there is one.
+  // Of a stage a lane copies 16 bytes of each k16 row of B, of rows `row` and `row` + 4 of A, and of row `row` of s.
   const int piece = lane % 8, row = lane / 8;
   const uint32_t b_wr = made(ring + lane * 16);  // and where it puts s, behind kSOffset
   const uint32_t a_wr = made(ring + kAOffset + row * 128 + ((piece ^ row) << 4));  // row + 4: the other half
