@@ -201,7 +201,7 @@ def nudge(times: list[Any], constants: dict[str, Constants]) -> None:
 
 
 def table(backend: str) -> dict[str, Constants]:
-    """The constants that the kernel file has now."""
+    """The constants that the kernel file has now, in the order of tile_idx."""
     kernel = HERE.parent / "csrc" / f"marlin_{backend}.cu"
     rows = re.findall(r"{{([\d, ]+)}, ([\d.f, ]+)}", kernel.read_text())
     return {

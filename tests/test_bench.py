@@ -9,7 +9,6 @@ import contextlib
 import itertools
 import json
 import math
-import re
 import sys
 import time
 from pathlib import Path
@@ -421,22 +420,19 @@ def test_plots_are_drawn_from_a_result_file(tmp_path: Path) -> None:
     assert json.loads(path.read_text())["rows"] == rows
 
 
-# Backend, its file of times, its number of constants, what deals a tile out (in the times and in a
+# Backend, its file of times, what deals a tile out (in the times and in a
 # Config), the M it is chosen for; what the choice may take over the best (docs/kernel.md).
 CHOICES = [
-    ("sm80", "nvidia-h200.csv", 3, "ctas", "grid", method.TOKENS, 1.004, 1.08),
-    ("sm90", "nvidia-h200-sm90.csv", 4, "stripes", "stripes", method.TOKENS[3:], 1.006, 1.10),
-    ("sm90_few", "nvidia-h200-sm90_few.csv", 4, "ctas", "grid", method.TOKENS[:2], 1.004, 1.04),
+    ("sm80", "nvidia-h200.csv", "ctas", "grid", method.TOKENS, 1.004, 1.08),
+    ("sm90", "nvidia-h200-sm90.csv", "stripes", "stripes", method.TOKENS[3:], 1.006, 1.10),
+    ("sm90_few", "nvidia-h200-sm90_few.csv", "ctas", "grid", method.TOKENS[:2], 1.004, 1.04),
 ]
 
 
-@pytest.mark.parametrize(
-    ("backend", "file", "num_constants", "dealt", "column", "tokens", "mean", "worst"), CHOICES
-)
+@pytest.mark.parametrize(("backend", "file", "dealt", "column", "tokens", "mean", "worst"), CHOICES)
 def test_the_choice_of_tiles_loses_little_against_the_best_that_was_measured(
     backend: str,
     file: str,
-    num_constants: int,
     dealt: str,
     column: str,
     tokens: list[int],
@@ -446,12 +442,7 @@ def test_the_choice_of_tiles_loses_little_against_the_best_that_was_measured(
     pytest.importorskip("scipy")
     import tiles
 
-    row = re.compile(r"{{([\d, ]+)}" + r", ([\d.]+)f" * num_constants + "}")
-    kernel = (ROOT / "csrc" / f"marlin_{backend}.cu").read_text()
-    constants = {
-        sizes.replace(", ", "x"): tuple(map(float, numbers))
-        for sizes, *numbers in row.findall(kernel)
-    }
+    constants = tiles.table(backend)
     names = list(constants)  # in the order of tile_idx
     times = tiles.parse((method.RESULTS / "tiles" / file).read_text(), backend)
     lost = tiles.losses(times, constants)
