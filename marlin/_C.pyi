@@ -37,30 +37,10 @@ def choose_config_sm80(
     num_sms_hint: int = -1,
     tile_idx: int = -1,
 ) -> dict[str, int]: ...
-def choose_config_sm90(
-    M: int,
-    N: int,
-    K: int,
-    group: int,
-    capability: int,
-    num_sms: int,
-    smem_bytes: int,
-    tile_n: int = -1,
-    num_sms_hint: int = -1,
-    tile_idx: int = -1,
-) -> dict[str, int]: ...
-def choose_config_sm90_few(
-    M: int,
-    N: int,
-    K: int,
-    group: int,
-    capability: int,
-    num_sms: int,
-    smem_bytes: int,
-    tile_n: int = -1,
-    num_sms_hint: int = -1,
-    tile_idx: int = -1,
-) -> dict[str, int]: ...
+
+choose_config_sm90 = choose_config_sm80
+choose_config_sm90_few = choose_config_sm80
+
 def set_cuda_options(backend: str, overlap: bool, tile_idx: int) -> tuple[str, bool, int]: ...
 def layout_tables(K: int, N: int) -> tuple[Tensor, Tensor, Tensor, Tensor]: ...
 def has_cuda() -> bool: ...
