@@ -11,6 +11,7 @@
 //   tile     64 features, all tokens
 //   stripe   all tiles, each K / 64 stages long, form one line, cut into equal stripes, one per CTA; a tile cut by the border
 //            of a stripe is summed in FP32, always in the order of the line, by the CTA that comes last to the end of its part
+//   pair     where each tile is halved by two CTAs, these are a cluster instead, and send each other half of their sums
 //
 // A launch overlaps with the one before it (programmatic dependent launch): the first weights are on their way before that
 // one ends.
@@ -34,15 +35,22 @@ constexpr int B_BYTES = TILE_N * STAGE_K / 2, S_BYTES = TILE_N * SCALE_ROWS * 2;
 constexpr int PATCH_PITCH = TILE_N + 4;
 
 struct Tile {
-  int tokens;  // 1 or 8
+  int tokens;  // 1, 8, 16 or 32
+  int side;    // warps of a team, side by side: 64 features each
   int warps;
-  int stages;  // in each warp's ring
+  int stages;  // in each team's ring
   int per_sm;  // CTAs on a multiprocessor: 1, or 2 of which one reads while the other finishes a tile
 
+  MARLIN_HD constexpr int features() const { return TILE_N * side; }
+  MARLIN_HD constexpr int teams() const { return warps / side; }
   MARLIN_HD constexpr int a_bytes() const { return tokens * STAGE_K * 2; }
-  MARLIN_HD constexpr int stage_bytes() const { return B_BYTES + a_bytes() + S_BYTES; }
-  MARLIN_HD constexpr int patch_bytes() const { return tokens * PATCH_PITCH * 4; }
-  MARLIN_HD constexpr int smem_bytes() const { return warps * (stages * stage_bytes() + patch_bytes()); }
+  MARLIN_HD constexpr int stage_bytes() const { return side * (B_BYTES + S_BYTES) + a_bytes(); }
+  MARLIN_HD constexpr int patch_tokens() const { return tokens < 16 ? tokens : 16; }
+  MARLIN_HD constexpr int patch_bytes() const { return patch_tokens() * PATCH_PITCH * 4; }
+  MARLIN_HD constexpr int smem_bytes() const { return teams() * stages * stage_bytes() + warps * patch_bytes(); }
+  // Sums of a group are scaled, not its weights, where there are few: 9 instructions a word instead of 13.
+  MARLIN_HD constexpr bool scales_sums() const { return tokens <= 8; }
+  MARLIN_HD constexpr bool may_pair() const { return tokens <= 8 && side == 1; }
 };
 
 // The measured ones: microseconds on an H200 of a stage, of a tile's end, of a tile that several CTAs share, for each of
@@ -53,10 +61,10 @@ struct TileCost {
 };
 
 constexpr TileCost kTiles[] = {
-    {{1, 16, 3, 1}, 0.0573f, 0.51f, 0.36f, 1.23f},
-    {{1, 8, 3, 2}, 0.0435f, 1.25f, 0.03f, 3.36f},
-    {{8, 16, 3, 1}, 0.0554f, 1.00f, 0.37f, 1.01f},
-    {{8, 8, 3, 2}, 0.0634f, 0.90f, 0.01f, 3.67f},
+    {{1, 1, 16, 3, 1}, 0.0573f, 0.51f, 0.36f, 1.23f},
+    {{1, 1, 8, 3, 2}, 0.0435f, 1.25f, 0.03f, 3.36f},
+    {{8, 1, 16, 3, 1}, 0.0554f, 1.00f, 0.37f, 1.01f},
+    {{8, 1, 8, 3, 2}, 0.0634f, 0.90f, 0.01f, 3.67f},
 };
 constexpr int kNumTiles = sizeof(kTiles) / sizeof(kTiles[0]);
 
@@ -78,10 +86,16 @@ struct Candidate {
   float us;
 };
 
+// Two CTAs have half of a tile each, all of them.
+constexpr bool is_paired(const Tile& tile, int64_t stages, int64_t tiles, int64_t stripes) {
+  return tile.may_pair() && stages % 2 == 0 && stripes == 2 * tiles;
+}
+
 Candidate make_candidate(const Problem& p, int tile_idx, int stripes) {
   constexpr float kBytesPerUs = 4.3e6f;  // of the same fit
   const TileCost& cost = kTiles[tile_idx];
-  const int64_t stages = ceil_div(p.K, STAGE_K), tiles = ceil_div(p.N, TILE_N), total = stages * tiles;
+  const Tile& tile = cost.tile;
+  const int64_t stages = ceil_div(p.K, STAGE_K), tiles = ceil_div(p.N, tile.features()), total = stages * tiles;
   stripes = static_cast<int>(total < stripes ? total : stripes);
   const int64_t stripe = ceil_div(total, stripes);
   // the CTAs that share a tile: one, several that each have an equal part, or a number more that cut it anywhere
@@ -91,13 +105,14 @@ Candidate make_candidate(const Problem& p, int tile_idx, int stripes) {
 
   Candidate candidate;
   candidate.config.tile_idx = tile_idx;
-  candidate.config.features = TILE_N;
-  candidate.config.tokens = cost.tile.tokens;
+  candidate.config.features = tile.features();
+  candidate.config.tokens = tile.tokens;
   candidate.config.grid = stripes;
   // a counter, and the words of two parts of tiles, for each CTA
-  candidate.config.num_locks = sharers == 0 ? 0 : stripes * (1 + 2 * TILE_N * cost.tile.tokens);
+  candidate.config.num_locks =
+      sharers == 0 || is_paired(tile, stages, tiles, stripes) ? 0 : stripes * (1 + 2 * tile.features() * tile.tokens);
 
-  const float rounds = static_cast<float>(ceil_div(stripe, cost.tile.warps) * cost.tile.warps);
+  const float rounds = static_cast<float>(ceil_div(stripe, tile.teams()) * tile.teams());
   const float compute_us = rounds * cost.stage_us + static_cast<float>(ends) * cost.tile_us;
   const float memory_us = static_cast<float>(p.K * p.N / 2) / kBytesPerUs;
   candidate.us =
@@ -119,10 +134,10 @@ Config choose_config_sm90_few(const Problem& p, const Device& device, const Hint
   const bool wished = hints.num_sms > 0;
   for (int i = 0; i < kNumTiles; ++i) {
     const Tile& tile = kTiles[i].tile;
-    if (p.M > tile.tokens || tile.smem_bytes() > device.smem_bytes) continue;
-    if ((hints.tile_n > 0 && hints.tile_n != TILE_N) || (hints.tile_idx >= 0 && hints.tile_idx != i)) continue;
+    if (p.M > tile.tokens || p.N % tile.features() != 0 || tile.smem_bytes() > device.smem_bytes) continue;
+    if ((hints.tile_n > 0 && hints.tile_n != tile.features()) || (hints.tile_idx >= 0 && hints.tile_idx != i)) continue;
     const int all = device.num_sms * tile.per_sm, most = wished && hints.num_sms < all ? hints.num_sms : all;
-    for (const int stripes : {even_stripes(ceil_div(p.N, TILE_N), most), most}) {
+    for (const int stripes : {even_stripes(p.N / tile.features(), most), most}) {
       const Candidate candidate = make_candidate(p, i, stripes);
       if (best.config.tile_idx < 0 || candidate.us < best.us) best = candidate;
     }
@@ -136,7 +151,6 @@ Config choose_config_sm90_few(const Problem& p, const Device& device, const Hint
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
 
-#include <climits>
 #include <utility>
 
 namespace marlin {
@@ -191,12 +205,21 @@ __device__ inline void mma_m16n8k16(float (&c)[4], const uint32_t (&a)[4], const
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 }
 
+__device__ inline void named_barrier(int id, int num_threads) {
+  asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(num_threads) : "memory");
+}
+
 __device__ inline void barrier_init(uint32_t barrier, int arrivals) {
   asm volatile("mbarrier.init.shared.b64 [%0], %1;" ::"r"(barrier), "r"(arrivals) : "memory");
 }
 
 __device__ inline void barrier_arrive(uint32_t barrier) {
   asm volatile("mbarrier.arrive.shared.b64 _, [%0];" ::"r"(barrier) : "memory");
+}
+
+// Arrives, and makes the barrier wait for that many bytes too.
+__device__ inline void barrier_expect(uint32_t barrier, int bytes) {
+  asm volatile("mbarrier.arrive.expect_tx.shared.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
 }
 
 __device__ inline void barrier_wait(uint32_t barrier, int parity) {
@@ -241,6 +264,20 @@ __device__ inline int fetch_add(int32_t* gmem, int value) {
   return old;
 }
 
+// The address of the same place in the shared memory of another CTA of the cluster.
+__device__ inline uint32_t in_cta(uint32_t smem, int rank) {
+  uint32_t address;
+  asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(address) : "r"(smem), "r"(rank));
+  return address;
+}
+
+// Two values into another CTA's shared memory; its barrier counts the bytes.
+__device__ inline void send(uint32_t address, float2 v, uint32_t barrier) {
+  asm volatile("st.async.shared::cluster.mbarrier::complete_tx::bytes.v2.f32 [%0], {%1, %2}, [%3];" ::"r"(address),
+               "f"(v.x), "f"(v.y), "r"(barrier)
+               : "memory");
+}
+
 // Let the next kernel of the stream begin; wait until all of the previous one is done and its memory seen.
 __device__ inline void launch_dependents() { asm volatile("griddepcontrol.launch_dependents;" ::: "memory"); }
 __device__ inline void wait_for_previous_kernel() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
@@ -252,14 +289,20 @@ __device__ inline void wait_for_previous_kernel() { asm volatile("griddepcontrol
 __device__ inline half2 as_half2(uint32_t bits) { return *reinterpret_cast<half2*>(&bits); }
 __device__ inline uint32_t as_bits(half2 h) { return *reinterpret_cast<uint32_t*>(&h); }
 
-// A left operand, exactly q - 8: register 0: features g, k 2t and 2t + 1; 1: features g + 8; 2 and 3: the same at k + 8.
+// A left operand, exactly q - 8, or that times the scales of features g (the lower one) and g + 8: register 0: features g, k 2t and 2t + 1; 1: features g + 8; 2 and 3: the same at k + 8.
 // 0x6400 is fp16 1024 with a unit of 1 in its lowest bit, so 0x6400 | q is 1024 + q and 0x6400 | q << 4 is 1024 + 16 q.
-__device__ inline void dequantise(uint32_t word, uint32_t (&left)[4]) {
+template <bool kScaled>
+__device__ inline void dequantise(uint32_t word, uint32_t scales, uint32_t (&left)[4]) {
   const half2 k1032 = as_half2(0x64086408), kSixteenth = as_half2(0x2c002c00), kMinus72 = as_half2(0xd480d480);
 #pragma unroll
   for (int r = 0; r < 2; ++r, word >>= 8) {
     left[r] = as_bits(__hsub2(as_half2(and_or<0x000f000f, 0x64006400>(word)), k1032));
     left[r + 2] = as_bits(__hfma2(as_half2(and_or<0x00f000f0, 0x64006400>(word)), kSixteenth, kMinus72));
+    if constexpr (kScaled) {
+      const half2 scale = r == 0 ? __low2half2(as_half2(scales)) : __high2half2(as_half2(scales));
+      left[r] = as_bits(__hmul2(as_half2(left[r]), scale));
+      left[r + 2] = as_bits(__hmul2(as_half2(left[r + 2]), scale));
+    }
   }
 }
 
@@ -278,9 +321,10 @@ struct Args {
   int k16_rows;                                    // K / 16
   uint32_t b_row_bytes, s_row_bytes, a_row_bytes;  // of a k16 row of B, of a row of s, of A
   int tokens, whole_stages;                        // M, stages that are full: min(K, K_A) / 64
-  uint32_t b_step_bytes;                           // of B from a stage to the warp's next
+  uint32_t b_step_bytes;                           // of B from a stage to the team's next
   int k_a;                                         // K_A
   bool halves;                                     // a stage has two rows of scales
+  bool paired;                                     // CTAs 2i and 2i + 1 are a cluster and have half of a tile each
   bool wide_c;                                     // C takes 4-byte stores
   int32_t* counters;                               // of the shared tiles, by the first CTA of each
   uint2* parts;                                    // two for each CTA: of the tile of its first stage, and of its last
@@ -289,38 +333,46 @@ struct Args {
   int64_t n_c;  // its row length
 };
 
-template <int kTokens, int kWarps, int kStages, int kPerSm>
+template <int kTokens, int kSide, int kWarps, int kStages, int kPerSm>
 __global__ void __launch_bounds__(32 * kWarps, kPerSm) marlin_kernel(const __grid_constant__ Args args) {
-  constexpr Tile kTile{kTokens, kWarps, kStages, kPerSm};
-  constexpr int kThreads = 32 * kWarps;
+  constexpr Tile kTile{kTokens, kSide, kWarps, kStages, kPerSm};
+  constexpr int kThreads = 32 * kWarps, kTeams = kTile.teams(), kFeatures = kTile.features();
   constexpr uint32_t kStageBytes = kTile.stage_bytes(), kRingBytes = kStages * kStageBytes;
-  constexpr uint32_t kAOffset = B_BYTES, kSOffset = B_BYTES + kTile.a_bytes();
+  constexpr bool kMayPair = kTile.may_pair();
+  constexpr uint32_t kSOffset = B_BYTES, kAOffset = kSide * (B_BYTES + S_BYTES);  // s behind a warp's B, A behind all
 
   launch_dependents();
   const int cta = blockIdx.x;
   const int lane = threadIdx.x % 32, warp = __shfl_sync(0xffffffff, threadIdx.x / 32, 0);  // uniform: scalar registers
+  const int team = warp / kSide, side = warp % kSide;
   const bool grouped = args.group_magic != 0, halves = args.halves;
 
   extern __shared__ __align__(128) unsigned char smem[];
   __shared__ int ticket_smem;
-  __shared__ uint64_t barriers[2];
+  __shared__ uint64_t barriers[3];
+  __shared__ float2 inbox[kMayPair ? kTokens * TILE_N / 2 : 1];  // the peer's sums of the pairs that this CTA writes
   const uint32_t patches_full = smem_address(barriers), patches_free = smem_address(barriers + 1);
-  const uint32_t ring = smem_address(smem) + warp * kRingBytes;
-  float* const patches = reinterpret_cast<float*>(smem + kWarps * kRingBytes);
+  const uint32_t mail = smem_address(barriers + 2);
+  const uint32_t ring = smem_address(smem) + team * kRingBytes;
+  float* const patches = reinterpret_cast<float*>(smem + kTeams * kRingBytes);
 
   auto begin_of = [&](int of) { return of * args.stripe + min(of, args.longer); };
   const int stripe_begin = begin_of(cta), stripe_end = begin_of(cta + 1);
   int begin = stripe_begin;        // of this CTA's next part of a tile
-  int unit = stripe_begin + warp;  // this warp's next stage in the line
+  int unit = stripe_begin + team;  // this team's next stage in the line
 
   // ---- issue next loads: a cursor that runs ahead of the products, over the borders of tiles -------------------------
-  // Of a stage a lane copies 16 bytes of each k16 row of B, of rows `row` and `row` + 4 of A, and of row `row` of s.
-  const int piece = lane % 8, row = lane / 8;
-  const uint32_t b_wr = made(ring + lane * 16);  // and where it puts s, behind kSOffset
-  const uint32_t a_wr = made(ring + kAOffset + row * 128 + ((piece ^ row) << 4));  // row + 4: the other half
-  const bool s_mine = grouped && (row == SCALE_ROWS - 1 || (row == 0 && halves));
+  // Of a stage a lane copies 16 bytes of each k16 row of B, of every A_ROWS'th row of A from a_row on, and of row `row` of s.
   uint32_t stage_wr = 0;  // where the next stage goes, from the start of the ring
-  int loads_left = unit < stripe_end ? (stripe_end - unit - 1) / kWarps + 1 : 0;
+  constexpr int A_ROWS = 4 * kSide, kCopies = (kTokens + A_ROWS - 1) / A_ROWS;
+  const int piece = lane % 8, row = lane / 8, a_row = 4 * side + row;
+  const uint32_t b_wr = made(ring + side * (B_BYTES + S_BYTES) + lane * 16);  // and where it puts s, behind kSOffset
+  const uint32_t a_wr = made(ring + kAOffset + a_row * 128 + ((piece ^ a_row % 8) << 4));
+  auto a_copy = [&](int i) {  // with one warp a team rows are 4 apart: the other half
+    return ((a_wr + stage_wr) ^ (kSide == 1 ? i % 2 << 6 : 0)) + i * (A_ROWS * 128);
+  };
+  const bool s_mine = grouped && (row == SCALE_ROWS - 1 || (row == 0 && halves));
+  int loads_left = unit < stripe_end ? (stripe_end - unit - 1) / kTeams + 1 : 0;
   int load_tile, load_k;        // the stage to load next
   int rows_left;                // k16 rows from its first to the end of K
   const char *b_gmem, *a_gmem;  // where it lies
@@ -330,10 +382,10 @@ __global__ void __launch_bounds__(32 * kWarps, kPerSm) marlin_kernel(const __gri
     load_tile = __umulhi(unit, args.k_magic);
     load_k = unit - load_tile * args.k_stages;
     rows_left = args.k16_rows - load_k * STEPS;
-    const int n0 = load_tile * TILE_N;
+    const int n0 = load_tile * kFeatures + side * TILE_N;
     b_gmem = static_cast<const char*>(args.B) + static_cast<uint64_t>(load_k * STEPS) * args.b_row_bytes +
              (n0 * 8 + lane * 16);
-    a_gmem = static_cast<const char*>(args.A) + static_cast<uint64_t>(row) * args.a_row_bytes +
+    a_gmem = static_cast<const char*>(args.A) + static_cast<uint64_t>(a_row) * args.a_row_bytes +
              (load_k * STAGE_K + piece * 8) * 2;
     s_column = static_cast<const char*>(args.s) + (n0 + piece * 8) * 2;
   };
@@ -351,20 +403,19 @@ __global__ void __launch_bounds__(32 * kWarps, kPerSm) marlin_kernel(const __gri
   };
   auto load_activations = [&] {
     if (loads_left > 0) {
-      const uint32_t to = a_wr + stage_wr;
       if (load_k < args.whole_stages) {
 #pragma unroll
-        for (int i = 0; i < (kTokens + 3) / 4; ++i) {
-          if (row + 4 * i < args.tokens) {
-            cp_async16((to ^ (i % 2 << 6)) + i * 512, a_gmem + static_cast<uint64_t>(4 * i) * args.a_row_bytes);
+        for (int i = 0; i < kCopies; ++i) {
+          if (a_row + A_ROWS * i < args.tokens) {
+            cp_async16(a_copy(i), a_gmem + static_cast<uint64_t>(A_ROWS * i) * args.a_row_bytes);
           }
         }
       } else {  // zeros behind the last column
         const int bytes = max(0, min(16, 2 * (args.k_a - load_k * STAGE_K - piece * 8)));
 #pragma unroll 1
-        for (int i = 0; row + 4 * i < args.tokens; ++i) {
-          const char* const from = a_gmem + static_cast<uint64_t>(4 * i) * args.a_row_bytes;
-          cp_async16((to ^ (i % 2 << 6)) + i * 512, bytes > 0 ? from : static_cast<const char*>(args.A), bytes);
+        for (int i = 0; a_row + A_ROWS * i < args.tokens; ++i) {
+          const char* const from = a_gmem + static_cast<uint64_t>(A_ROWS * i) * args.a_row_bytes;
+          cp_async16(a_copy(i), bytes > 0 ? from : static_cast<const char*>(args.A), bytes);
         }
       }
     }
@@ -374,17 +425,20 @@ __global__ void __launch_bounds__(32 * kWarps, kPerSm) marlin_kernel(const __gri
     stage_wr = stage_wr == kRingBytes - kStageBytes ? 0 : stage_wr + kStageBytes;
     --loads_left;
     b_gmem += args.b_step_bytes;
-    a_gmem += kWarps * STAGE_K * 2;
-    load_k += kWarps;
-    rows_left -= kWarps * STEPS;
+    a_gmem += kTeams * STAGE_K * 2;
+    load_k += kTeams;
+    rows_left -= kTeams * STEPS;
     if (load_k >= args.k_stages) aim_loads(load_tile * args.k_stages + load_k);
   };
 
   // ---- load fragments, dequantise, multiply --------------------------------------------------------------------------
-  // Sums of a group are scaled, not its weights: 9 instructions a word instead of 13.
-  float acc[4][4];  // (m16 blocks, features g and g + 8 x tokens 2t and 2t + 1)
+  constexpr int kBlocks = kTokens < 8 ? 1 : kTokens / 8;  // of tokens
+  constexpr bool kScalesSums = kTile.scales_sums();
+  // Steps whose operands are read from shared memory at once, as far as registers go.
+  constexpr int kAhead = kTokens <= 8 ? STEPS : 2, kWordsAhead = kTokens <= 16 ? kAhead : 1;
+  float acc[4][kBlocks][4];  // (m16 blocks, n8 blocks, features g and g + 8 x tokens 2t and 2t + 1)
   uint32_t stage_rd = 0;
-  const uint32_t s_rd = made(ring + kSOffset + lane / 4 * 16);
+  const uint32_t s_rd = made(b_wr - lane * 16 + kSOffset + lane / 4 * 16);
   // ldmatrix: lane l points at row l % 8 of piece l / 8: two steps of k16. A single token is read eight times.
   const int a_rd_row = kTokens == 1 ? 0 : lane % 8;
   const uint32_t a_rd[2] = {made(ring + kAOffset + a_rd_row * 128 + ((lane / 8 ^ a_rd_row) << 4)),
@@ -392,48 +446,72 @@ __global__ void __launch_bounds__(32 * kWarps, kPerSm) marlin_kernel(const __gri
 
   auto multiply_stage = [&] {
     cp_async_wait<kStages - 2>();
-    __syncwarp();  // ... for every lane, and every lane has read the stage before: its place is free for new loads
-    uint32_t words[STEPS][4], right[STEPS][2], scales[SCALE_ROWS][4];
+    // ... for every lane of the team, and each has read the stage before: its place is free for new loads
+    if constexpr (kSide == 1) {
+      __syncwarp();
+    } else {
+      named_barrier(1 + team, 32 * kSide);
+    }
+    const uint32_t at = stage_rd;
+    uint32_t words[kWordsAhead][4], right[kAhead][kBlocks][2], scales[SCALE_ROWS][4];
+    auto read_words = [&](int first) {
 #pragma unroll
-    for (int i = 0; i < STEPS; ++i) load_smem(words[i], b_wr + stage_rd + i * 512);
+      for (int i = 0; i < kWordsAhead; ++i) load_smem(words[i], b_wr + at + (first + i) * 512);
+    };
+    auto read_right = [&](int first) {
 #pragma unroll
-    for (int i = 0; i < 2; ++i) ldmatrix_x4(right[2 * i], right[2 * i + 1], a_rd[i] + stage_rd);
-    if (halves) load_smem(scales[0], s_rd + stage_rd);
-    load_smem(scales[1], s_rd + stage_rd + S_BYTES / 2);
+      for (int i = 0; i < kAhead; i += 2) {
+#pragma unroll
+        for (int j = 0; j < kBlocks; ++j) {
+          ldmatrix_x4(right[i][j], right[i + 1][j], a_rd[(first + i) / 2] + at + j * 1024);
+        }
+      }
+    };
+    read_words(0);
+    read_right(0);
+    if (halves) load_smem(scales[0], s_rd + at);
+    load_smem(scales[1], s_rd + at + S_BYTES / 2);
     stage_rd = stage_rd == kRingBytes - kStageBytes ? 0 : stage_rd + kStageBytes;
     load_weights();
     load_activations();
     advance_loads();
 
-    float sums[4][4] = {};  // of one group, not yet scaled
+    float sums[4][kBlocks][4] = {};  // of one group, not yet scaled
     auto add_scaled = [&](const uint32_t (&pairs)[4]) {
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
         const float2 scale = __half22float2(as_half2(pairs[i]));
 #pragma unroll
-        for (int e = 0; e < 4; ++e) acc[i][e] += sums[i][e] * (e < 2 ? scale.x : scale.y);
+        for (int e = 0; e < 4 * kBlocks; ++e) acc[i][e / 4][e % 4] += sums[i][e / 4][e % 4] * (e % 4 < 2 ? scale.x : scale.y);
       }
     };
 #pragma unroll
     for (int step = 0; step < STEPS; ++step) {
-      if (step == STEPS / 2 && halves) {
+      if (step > 0 && step % kWordsAhead == 0) read_words(step);
+      if (step > 0 && step % kAhead == 0) read_right(step);
+      if (step == STEPS / 2 && halves && kScalesSums) {
         add_scaled(scales[0]);
 #pragma unroll
-        for (int i = 0; i < 16; ++i) sums[i / 4][i % 4] = 0;
+        for (int i = 0; i < 16 * kBlocks; ++i) sums[i / 4 / kBlocks][i / 4 % kBlocks][i % 4] = 0;
+      }
+      if (!kScalesSums && step == 0 && !halves) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) scales[0][i] = scales[1][i];
       }
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
         uint32_t left[4];
-        dequantise(words[step][i], left);
-        mma_m16n8k16(sums[i], left, right[step]);
+        dequantise<!kScalesSums>(words[step % kWordsAhead][i], scales[step / (STEPS / 2)][i], left);
+#pragma unroll
+        for (int j = 0; j < kBlocks; ++j) mma_m16n8k16(kScalesSums ? sums[i][j] : acc[i][j], left, right[step % kAhead][j]);
       }
     }
-    add_scaled(scales[1]);
+    if (kScalesSums) add_scaled(scales[1]);
   };
 
   // ---- finish a tile: sum over the warps, over the CTAs that share it, write --------------------------------------------
-  constexpr int kPatch = kTokens * PATCH_PITCH;
-  constexpr int kPairs = TILE_N / 2, kPartPairs = kTokens * kPairs;  // of features, in a row and in all
+  constexpr int kPatchTokens = kTile.patch_tokens(), kPatch = kPatchTokens * PATCH_PITCH;
+  constexpr int kPairs = kFeatures / 2, kPartPairs = kTokens * kPairs;  // of features, in a row and in all
   // A CTA shares at most two tiles with others: that of its first stage, and that of its last.
   auto part_of = [&](int owner, int first) { return args.parts + (2 * owner + (owner == first)) * kPartPairs; };
 
@@ -447,20 +525,64 @@ __global__ void __launch_bounds__(32 * kWarps, kPerSm) marlin_kernel(const __gri
     return make_float2(__uint_as_float(~words.x), __uint_as_float(~words.y));
   };
 
+  auto sum_of_warps = [&](int v) {
+    constexpr int kWarpPairs = TILE_N / 2;
+    const float* const patch_rd = patches + v % kPairs / kWarpPairs * kPatch + v / kPairs % kPatchTokens * PATCH_PITCH +
+                                  v % kWarpPairs * 2;
+    float2 sum = make_float2(0, 0);
+#pragma unroll
+    for (int t = 0; t < kTeams; ++t) {
+      const float2 part = *reinterpret_cast<const float2*>(patch_rd + t * (kSide * kPatch));
+      sum.x += part.x, sum.y += part.y;
+    }
+    return sum;
+  };
+  auto write_pair = [&](int tile, int v, float2 sum) {
+    const int n = tile * kFeatures + v % kPairs * 2;
+    if (n >= args.n_c) return;
+    const bool both = n + 1 < args.n_c;
+    if (!grouped) {
+      sum.x *= __half2float(static_cast<const half*>(args.s)[scale_of_channelwise(n)]);
+      sum.y *= __half2float(static_cast<const half*>(args.s)[scale_of_channelwise(n + 1)]);
+    }
+    if (args.bias != nullptr) {
+      sum.x += __half2float(args.bias[n]);
+      if (both) sum.y += __half2float(args.bias[n + 1]);
+    }
+    const half2 c = __floats2half2_rn(sum.x, sum.y);
+    half* const c_gmem = args.C + v / kPairs * args.n_c + n;
+    if (args.wide_c) {
+      *reinterpret_cast<half2*>(c_gmem) = c;
+    } else {
+      c_gmem[0] = __low2half(c);
+      if (both) c_gmem[1] = __high2half(c);
+    }
+  };
+
+  // Of a pair of CTAs each writes every other 16 pairs of sums: the other's it sends, and its own it adds to what it gets.
+  const int pairs_here = args.tokens * kPairs;
+  auto write_halves = [&](int tile) {
+    const int rank = cta % 2;
+    const uint32_t peer_inbox = in_cta(smem_address(inbox), rank ^ 1), peer_mail = in_cta(mail, rank ^ 1);
+    asm volatile("barrier.cluster.wait.acquire;" ::: "memory");  // the other CTA has set up its barrier
+    for (int v = threadIdx.x; v < pairs_here; v += kThreads) {
+      if (v / 16 % 2 != rank) send(peer_inbox + v * 8, sum_of_warps(v), peer_mail);
+    }
+    barrier_wait(mail, 0);
+    for (int v = threadIdx.x; v < pairs_here; v += kThreads) {
+      if (v / 16 % 2 != rank) continue;
+      const float2 own = sum_of_warps(v), other = inbox[v];
+      write_pair(tile, v, make_float2(own.x + other.x, own.y + other.y));
+    }
+  };
+
   // Adds up every step'th pair of sums from start on, over the warps and over the CTAs from first to last, which share the
   // tile, and writes them; a CTA that drew another ticket than the last one leaves its sums to that one.
-  auto write_tile = [&](int tile, int first, int last, int start, int step) {
+  auto write_tile = [&](int tile, int first, int last, int start, int end, int step) {
     const bool mine = ticket_smem == last - first;
 #pragma unroll 1
-    for (int v = start; v < args.tokens * kPairs; v += step) {
-      const int m = v / kPairs, n = tile * TILE_N + v % kPairs * 2;
-      const float* const patch_rd = patches + m * PATCH_PITCH + v % kPairs * 2;
-      float2 sum = make_float2(0, 0);
-#pragma unroll
-      for (int w = 0; w < kWarps; ++w) {
-        const float2 part = *reinterpret_cast<const float2*>(patch_rd + w * kPatch);
-        sum.x += part.x, sum.y += part.y;
-      }
+    for (int v = start; v < min(end, pairs_here); v += step) {
+      float2 sum = sum_of_warps(v);
       if (!mine) {
         store_relaxed(part_of(cta, first) + v, make_uint2(~__float_as_uint(sum.x), ~__float_as_uint(sum.y)));
         continue;
@@ -474,24 +596,7 @@ __global__ void __launch_bounds__(32 * kWarps, kPerSm) marlin_kernel(const __gri
           sum.x += part.x, sum.y += part.y;
         }
       }
-      if (n >= args.n_c) continue;
-      const bool both = n + 1 < args.n_c;
-      if (!grouped) {
-        sum.x *= __half2float(static_cast<const half*>(args.s)[scale_of_channelwise(n)]);
-        sum.y *= __half2float(static_cast<const half*>(args.s)[scale_of_channelwise(n + 1)]);
-      }
-      if (args.bias != nullptr) {
-        sum.x += __half2float(args.bias[n]);
-        if (both) sum.y += __half2float(args.bias[n + 1]);
-      }
-      const half2 c = __floats2half2_rn(sum.x, sum.y);
-      half* const c_gmem = args.C + m * args.n_c + n;
-      if (args.wide_c) {
-        *reinterpret_cast<half2*>(c_gmem) = c;
-      } else {
-        c_gmem[0] = __low2half(c);
-        if (both) c_gmem[1] = __high2half(c);
-      }
+      write_pair(tile, v, sum);
     }
   };
 
@@ -500,29 +605,37 @@ __global__ void __launch_bounds__(32 * kWarps, kPerSm) marlin_kernel(const __gri
   constexpr int kSummers = kTokens == 1 ? 1 : kWarps;
   int ends = 0;
   auto finish_tile = [&](int tile, int first, int last, int ticket) {
-    if (ends > 0) barrier_wait(patches_free, (ends - 1) % 2);
-    if (threadIdx.x == 0) ticket_smem = ticket;
-    float* const patch_wr = patches + warp * kPatch + lane % 4 * 2 * PATCH_PITCH + lane / 4;
+    const bool last_tile = begin == stripe_end;
 #pragma unroll
-    for (int i = 0; i < 4; ++i) {
+    for (int m0 = 0; m0 < kTokens; m0 += kPatchTokens) {
+      if (ends > 0) barrier_wait(patches_free, (ends - 1) % 2);
+      if (threadIdx.x == 0) ticket_smem = ticket;
+      float* const patch_wr = patches + warp * kPatch + lane % 4 * 2 * PATCH_PITCH + lane / 4;
 #pragma unroll
-      for (int e = 0; e < 4; ++e) {
-        if (kTokens > 1 || (e % 2 == 0 && lane % 4 == 0)) {
-          patch_wr[e % 2 * PATCH_PITCH + 16 * i + 8 * (e / 2)] = acc[i][e];
+      for (int i = 0; i < 4; ++i) {
+#pragma unroll
+        for (int e = 0; e < (kPatchTokens + 7) / 8 * 4; ++e) {
+          if (kTokens > 1 || (e % 2 == 0 && lane % 4 == 0)) {
+            patch_wr[(e / 4 * 8 + e % 2) * PATCH_PITCH + 16 * i + e % 4 / 2 * 8] = acc[i][m0 / 8 + e / 4][e % 4];
+          }
         }
       }
+      barrier_arrive(patches_full);
+      if (last_tile || kSummers == kWarps || warp == ends % kWarps) {
+        const bool all = last_tile || kSummers == kWarps;
+        barrier_wait(patches_full, ends % 2);
+        if constexpr (kMayPair) {
+          if (args.paired) {
+            write_halves(tile);
+            return;
+          }
+        }
+        write_tile(tile, first, last, m0 * kPairs + (all ? threadIdx.x : lane), (m0 + kPatchTokens) * kPairs,
+                   all ? kThreads : 32);
+        if (!last_tile || m0 + kPatchTokens < kTokens) barrier_arrive(patches_free);
+      }
+      ++ends;
     }
-    __syncwarp();
-    const bool last_tile = begin == stripe_end;
-    if (lane == 0) barrier_arrive(patches_full);
-    if (last_tile || kSummers == kWarps || warp == ends % kWarps) {
-      const bool all = last_tile || kSummers == kWarps;
-      barrier_wait(patches_full, ends % 2);
-      write_tile(tile, first, last, all ? threadIdx.x : lane, all ? kThreads : 32);
-      __syncwarp();
-      if (lane == 0 && !last_tile) barrier_arrive(patches_free);
-    }
-    ++ends;
     if (threadIdx.x == 0 && first != last && ticket == last - first) args.counters[first] = 0;
   };
 
@@ -539,10 +652,14 @@ __global__ void __launch_bounds__(32 * kWarps, kPerSm) marlin_kernel(const __gri
     advance_loads();
   }
   if (threadIdx.x == 0) {
-    barrier_init(patches_full, kWarps);
-    barrier_init(patches_free, kSummers);
+    barrier_init(patches_full, kThreads);
+    barrier_init(patches_free, 32 * kSummers);
+    barrier_init(mail, 1);
+    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+    if (args.paired) barrier_expect(mail, args.tokens * kPairs / 2 * 8);
   }
   __syncthreads();
+  if (args.paired) asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
   if (!grouped) {  // channelwise: ones here, the scales when C is written
 #pragma unroll 1
     for (int i = 0; i < kStages; ++i) {
@@ -555,13 +672,15 @@ __global__ void __launch_bounds__(32 * kWarps, kPerSm) marlin_kernel(const __gri
   for (int tile = __umulhi(begin, args.k_magic); begin < stripe_end; ++tile) {
     const int tile_begin = tile * args.k_stages, tile_end = tile_begin + args.k_stages;
     int first = cta, last = cta;  // the CTAs that share it
-    while (begin_of(first) > tile_begin) --first;
-    while (begin_of(last + 1) < tile_end) ++last;
+    if (!args.paired) {
+      while (begin_of(first) > tile_begin) --first;
+      while (begin_of(last + 1) < tile_end) ++last;
+    }
     begin = min(stripe_end, tile_end);
-    int rounds = (begin - unit + kWarps - 1) / kWarps;
-    unit += rounds * kWarps;
+    int rounds = (begin - unit + kTeams - 1) / kTeams;
+    unit += rounds * kTeams;
 #pragma unroll
-    for (int i = 0; i < 16; ++i) acc[i / 4][i % 4] = 0;
+    for (int i = 0; i < 16 * kBlocks; ++i) acc[i / 4 / kBlocks][i / 4 % kBlocks][i % 4] = 0;
     // The ticket is drawn ahead of the end, so that the answer is there in time. Who draws the last one knows that all others
     // are running, and waits for their sums: nobody waits for a CTA that may not have started.
     int ticket = 0;
@@ -582,7 +701,7 @@ __global__ void __launch_bounds__(32 * kWarps, kPerSm) marlin_kernel(const __gri
 template <int kIdx>
 Status launch(const Args& args, int grid, bool overlap, cudaStream_t stream) {
   constexpr Tile kTile = kTiles[kIdx].tile;
-  const auto kernel = marlin_kernel<kTile.tokens, kTile.warps, kTile.stages, kTile.per_sm>;
+  const auto kernel = marlin_kernel<kTile.tokens, kTile.side, kTile.warps, kTile.stages, kTile.per_sm>;
   constexpr int kSmem = kTile.smem_bytes();
   if (cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kSmem) != cudaSuccess) {
     return Status::launch_failed;
@@ -592,11 +711,16 @@ Status launch(const Args& args, int grid, bool overlap, cudaStream_t stream) {
   config.blockDim = 32 * kTile.warps;
   config.dynamicSmemBytes = kSmem;
   config.stream = stream;
-  cudaLaunchAttribute attribute;
-  attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  attribute.val.programmaticStreamSerializationAllowed = 1;
-  config.attrs = &attribute;
-  config.numAttrs = overlap ? 1 : 0;
+  cudaLaunchAttribute attributes[2];
+  config.attrs = attributes;
+  if (overlap) {
+    attributes[config.numAttrs].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    attributes[config.numAttrs++].val.programmaticStreamSerializationAllowed = 1;
+  }
+  if (args.paired) {
+    attributes[config.numAttrs].id = cudaLaunchAttributeClusterDimension;
+    attributes[config.numAttrs++].val.clusterDim = {2, 1, 1};
+  }
   return cudaLaunchKernelEx(&config, kernel, args) == cudaSuccess ? Status::ok : Status::launch_failed;
 }
 
@@ -615,8 +739,8 @@ Status run_sm90_few(const Problem& p, const Config& config, bool overlap, int32_
   if (status != Status::ok || p.M == 0) return status;
   if (config.tile_idx < 0 || config.tile_idx >= kNumTiles || config.grid < 1) return Status::no_config;
   const Tile& tile = kTiles[config.tile_idx].tile;
-  const int64_t stages = ceil_div(p.K, STAGE_K), total = stages * ceil_div(p.N, TILE_N);
-  if (!takes(p) || p.M > tile.tokens) return Status::bad_shape;
+  const int64_t stages = ceil_div(p.K, STAGE_K), tiles = p.N / tile.features(), total = stages * tiles;
+  if (!takes(p) || p.M > tile.tokens || p.N % tile.features() != 0) return Status::bad_shape;
 
   const int grid = static_cast<int>(total < config.grid ? total : config.grid);
   Args args{p.B, p.s, p.A};
@@ -631,15 +755,16 @@ Status run_sm90_few(const Problem& p, const Config& config, bool overlap, int32_
   args.a_row_bytes = static_cast<uint32_t>(2 * p.lda);
   args.tokens = static_cast<int>(p.M);
   args.whole_stages = static_cast<int>(p.K_A / STAGE_K);
-  args.b_step_bytes = args.b_row_bytes * STEPS * tile.warps;
+  args.b_step_bytes = args.b_row_bytes * STEPS * tile.teams();
   args.k_a = static_cast<int>(p.K_A);
   args.halves = p.group != p.K && p.group % STAGE_K != 0;
+  args.paired = is_paired(tile, stages, tiles, grid);
   args.wide_c = p.N_C % 2 == 0 && is_aligned(p.C, 4);
   args.bias = static_cast<const half*>(p.bias);
   args.C = static_cast<half*>(p.C);
   args.n_c = p.N_C;
   args.parts = reinterpret_cast<uint2*>(locks);
-  args.counters = locks + int64_t{2} * grid * TILE_N * tile.tokens;
+  args.counters = locks + int64_t{2} * grid * tile.features() * tile.tokens;
   return launch_any(args, grid, overlap, config.tile_idx, static_cast<cudaStream_t>(stream),
                     std::make_integer_sequence<int, kNumTiles>());
 }
