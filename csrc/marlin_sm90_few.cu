@@ -11,7 +11,6 @@
 //   tile     64 features, all tokens
 //   stripe   all tiles, each K / 64 stages long, form one line, cut into equal stripes, one per CTA; a tile cut by the border
 //            of a stripe is summed in FP32, always in the order of the line, by the CTA that comes last to the end of its part
-//   pair     where each tile is halved by two CTAs, these are a cluster instead, and send each other half of their sums
 //
 // A launch overlaps with the one before it (programmatic dependent launch): the first weights are on their way before that
 // one ends.
@@ -44,13 +43,17 @@ struct Tile {
   MARLIN_HD constexpr int features() const { return TILE_N * side; }
   MARLIN_HD constexpr int teams() const { return warps / side; }
   MARLIN_HD constexpr int a_bytes() const { return tokens * STAGE_K * 2; }
-  MARLIN_HD constexpr int stage_bytes() const { return side * (B_BYTES + S_BYTES) + a_bytes(); }
+  // Many tokens come by a tensor map, one copy a stage, into a ring apart: swizzling counts from multiples of 1024 bytes.
+  MARLIN_HD constexpr bool maps_a() const { return tokens >= 16; }
+  MARLIN_HD constexpr int stage_bytes() const { return side * (B_BYTES + S_BYTES) + (maps_a() ? 0 : a_bytes()); }
+  MARLIN_HD constexpr int mapped_bytes() const { return maps_a() ? teams() * stages * a_bytes() : 0; }
   MARLIN_HD constexpr int patch_tokens() const { return tokens < 16 ? tokens : 16; }
   MARLIN_HD constexpr int patch_bytes() const { return patch_tokens() * PATCH_PITCH * 4; }
-  MARLIN_HD constexpr int smem_bytes() const { return teams() * stages * stage_bytes() + warps * patch_bytes(); }
+  MARLIN_HD constexpr int smem_bytes() const {
+    return mapped_bytes() + teams() * stages * stage_bytes() + warps * patch_bytes();
+  }
   // Sums of a group are scaled, not its weights, where there are few: 9 instructions a word instead of 13.
-  MARLIN_HD constexpr bool scales_sums() const { return tokens <= 8; }
-  MARLIN_HD constexpr bool may_pair() const { return tokens <= 8 && side == 1; }
+  MARLIN_HD constexpr bool scales_sums() const { return tokens <= 16; }
 };
 
 // The measured ones: microseconds on an H200 of a stage, of a tile's end, of a tile that several CTAs share, for each of
@@ -86,11 +89,6 @@ struct Candidate {
   float us;
 };
 
-// Two CTAs have half of a tile each, all of them.
-constexpr bool is_paired(const Tile& tile, int64_t stages, int64_t tiles, int64_t stripes) {
-  return tile.may_pair() && stages % 2 == 0 && stripes == 2 * tiles;
-}
-
 Candidate make_candidate(const Problem& p, int tile_idx, int stripes) {
   constexpr float kBytesPerUs = 4.3e6f;  // of the same fit
   const TileCost& cost = kTiles[tile_idx];
@@ -109,8 +107,7 @@ Candidate make_candidate(const Problem& p, int tile_idx, int stripes) {
   candidate.config.tokens = tile.tokens;
   candidate.config.grid = stripes;
   // a counter, and the words of two parts of tiles, for each CTA
-  candidate.config.num_locks =
-      sharers == 0 || is_paired(tile, stages, tiles, stripes) ? 0 : stripes * (1 + 2 * tile.features() * tile.tokens);
+  candidate.config.num_locks = sharers == 0 ? 0 : stripes * (1 + 2 * tile.features() * tile.tokens);
 
   const float rounds = static_cast<float>(ceil_div(stripe, tile.teams()) * tile.teams());
   const float compute_us = rounds * cost.stage_us + static_cast<float>(ends) * cost.tile_us;
@@ -148,6 +145,7 @@ Config choose_config_sm90_few(const Problem& p, const Device& device, const Hint
 }  // namespace marlin
 
 #ifdef __CUDACC__
+#include <cuda.h>
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
 
@@ -247,6 +245,15 @@ __device__ inline uint32_t and_or(uint32_t word) {
   return r;
 }
 
+// A box of a matrix, its corner at column x of row 0; what lies outside of the matrix arrives as zeros.
+__device__ inline void copy_box(uint32_t smem, const CUtensorMap& map, int x, uint32_t barrier) {
+  asm volatile(
+      "cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3}], [%4];" ::
+          "r"(smem),
+      "l"(&map), "r"(x), "r"(0), "r"(barrier)
+      : "memory");
+}
+
 // Two values that another CTA may write or read at the same time; each arrives whole.
 __device__ inline void store_relaxed(uint2* gmem, uint2 v) {
   asm volatile("st.relaxed.gpu.v2.u32 [%0], {%1, %2};" ::"l"(gmem), "r"(v.x), "r"(v.y) : "memory");
@@ -262,20 +269,6 @@ __device__ inline int fetch_add(int32_t* gmem, int value) {
   int old;
   asm volatile("atom.relaxed.gpu.add.s32 %0, [%1], %2;" : "=r"(old) : "l"(gmem), "r"(value) : "memory");
   return old;
-}
-
-// The address of the same place in the shared memory of another CTA of the cluster.
-__device__ inline uint32_t in_cta(uint32_t smem, int rank) {
-  uint32_t address;
-  asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(address) : "r"(smem), "r"(rank));
-  return address;
-}
-
-// Two values into another CTA's shared memory; its barrier counts the bytes.
-__device__ inline void send(uint32_t address, float2 v, uint32_t barrier) {
-  asm volatile("st.async.shared::cluster.mbarrier::complete_tx::bytes.v2.f32 [%0], {%1, %2}, [%3];" ::"r"(address),
-               "f"(v.x), "f"(v.y), "r"(barrier)
-               : "memory");
 }
 
 // Let the next kernel of the stream begin; wait until all of the previous one is done and its memory seen.
@@ -324,13 +317,13 @@ struct Args {
   uint32_t b_step_bytes;                           // of B from a stage to the team's next
   int k_a;                                         // K_A
   bool halves;                                     // a stage has two rows of scales
-  bool paired;                                     // CTAs 2i and 2i + 1 are a cluster and have half of a tile each
   bool wide_c;                                     // C takes 4-byte stores
   int32_t* counters;                               // of the shared tiles, by the first CTA of each
   uint2* parts;                                    // two for each CTA: of the tile of its first stage, and of its last
   const half* bias;                                // or null
   half* C;
   int64_t n_c;  // its row length
+  CUtensorMap a_map;
 };
 
 template <int kTokens, int kSide, int kWarps, int kStages, int kPerSm>
@@ -338,7 +331,6 @@ __global__ void __launch_bounds__(32 * kWarps, kPerSm) marlin_kernel(const __gri
   constexpr Tile kTile{kTokens, kSide, kWarps, kStages, kPerSm};
   constexpr int kThreads = 32 * kWarps, kTeams = kTile.teams(), kFeatures = kTile.features();
   constexpr uint32_t kStageBytes = kTile.stage_bytes(), kRingBytes = kStages * kStageBytes;
-  constexpr bool kMayPair = kTile.may_pair();
   constexpr uint32_t kSOffset = B_BYTES, kAOffset = kSide * (B_BYTES + S_BYTES);  // s behind a warp's B, A behind all
 
   launch_dependents();
@@ -347,14 +339,15 @@ __global__ void __launch_bounds__(32 * kWarps, kPerSm) marlin_kernel(const __gri
   const int team = warp / kSide, side = warp % kSide;
   const bool grouped = args.group_magic != 0, halves = args.halves;
 
-  extern __shared__ __align__(128) unsigned char smem[];
+  constexpr bool kMapsA = kTile.maps_a();
+  extern __shared__ __align__(1024) unsigned char smem[];
   __shared__ int ticket_smem;
-  __shared__ uint64_t barriers[3];
-  __shared__ float2 inbox[kMayPair ? kTokens * TILE_N / 2 : 1];  // the peer's sums of the pairs that this CTA writes
+  __shared__ uint64_t barriers[2 + (kMapsA ? kTeams * kStages : 0)];
   const uint32_t patches_full = smem_address(barriers), patches_free = smem_address(barriers + 1);
-  const uint32_t mail = smem_address(barriers + 2);
-  const uint32_t ring = smem_address(smem) + team * kRingBytes;
-  float* const patches = reinterpret_cast<float*>(smem + kTeams * kRingBytes);
+  const uint32_t a_full = smem_address(barriers + 2) + team * (kStages * 8);  // of the ring for mapped activations
+  const uint32_t a_ring = smem_address(smem) + team * (kStages * kTile.a_bytes());
+  const uint32_t ring = smem_address(smem) + kTile.mapped_bytes() + team * kRingBytes;
+  float* const patches = reinterpret_cast<float*>(smem + kTile.mapped_bytes() + kTeams * kRingBytes);
 
   auto begin_of = [&](int of) { return of * args.stripe + min(of, args.longer); };
   const int stripe_begin = begin_of(cta), stripe_end = begin_of(cta + 1);
@@ -364,6 +357,7 @@ __global__ void __launch_bounds__(32 * kWarps, kPerSm) marlin_kernel(const __gri
   // ---- issue next loads: a cursor that runs ahead of the products, over the borders of tiles -------------------------
   // Of a stage a lane copies 16 bytes of each k16 row of B, of every A_ROWS'th row of A from a_row on, and of row `row` of s.
   uint32_t stage_wr = 0;  // where the next stage goes, from the start of the ring
+  int slot_wr = 0;        // the same as a number
   constexpr int A_ROWS = 4 * kSide, kCopies = (kTokens + A_ROWS - 1) / A_ROWS;
   const int piece = lane % 8, row = lane / 8, a_row = 4 * side + row;
   const uint32_t b_wr = made(ring + side * (B_BYTES + S_BYTES) + lane * 16);  // and where it puts s, behind kSOffset
@@ -402,7 +396,12 @@ __global__ void __launch_bounds__(32 * kWarps, kPerSm) marlin_kernel(const __gri
     }
   };
   auto load_activations = [&] {
-    if (loads_left > 0) {
+    if constexpr (kMapsA) {
+      if (loads_left > 0 && side == 0 && lane == 0) {
+        barrier_expect(a_full + 8 * slot_wr, kTile.a_bytes());
+        copy_box(a_ring + slot_wr * kTile.a_bytes(), args.a_map, load_k * STAGE_K, a_full + 8 * slot_wr);
+      }
+    } else if (loads_left > 0) {
       if (load_k < args.whole_stages) {
 #pragma unroll
         for (int i = 0; i < kCopies; ++i) {
@@ -423,6 +422,7 @@ __global__ void __launch_bounds__(32 * kWarps, kPerSm) marlin_kernel(const __gri
   };
   auto advance_loads = [&] {
     stage_wr = stage_wr == kRingBytes - kStageBytes ? 0 : stage_wr + kStageBytes;
+    slot_wr = slot_wr == kStages - 1 ? 0 : slot_wr + 1;
     --loads_left;
     b_gmem += args.b_step_bytes;
     a_gmem += kTeams * STAGE_K * 2;
@@ -438,11 +438,12 @@ __global__ void __launch_bounds__(32 * kWarps, kPerSm) marlin_kernel(const __gri
   constexpr int kAhead = kTokens <= 8 ? STEPS : 2, kWordsAhead = kTokens <= 16 ? kAhead : 1;
   float acc[4][kBlocks][4];  // (m16 blocks, n8 blocks, features g and g + 8 x tokens 2t and 2t + 1)
   uint32_t stage_rd = 0;
+  int slot_rd = 0, parity = 0;
   const uint32_t s_rd = made(b_wr - lane * 16 + kSOffset + lane / 4 * 16);
   // ldmatrix: lane l points at row l % 8 of piece l / 8: two steps of k16. A single token is read eight times.
   const int a_rd_row = kTokens == 1 ? 0 : lane % 8;
-  const uint32_t a_rd[2] = {made(ring + kAOffset + a_rd_row * 128 + ((lane / 8 ^ a_rd_row) << 4)),
-                            made(ring + kAOffset + a_rd_row * 128 + (((lane / 8 + 4) ^ a_rd_row) << 4))};
+  const uint32_t a_rd0 = (kMapsA ? a_ring : ring + kAOffset) + a_rd_row * 128;
+  const uint32_t a_rd[2] = {made(a_rd0 + ((lane / 8 ^ a_rd_row) << 4)), made(a_rd0 + (((lane / 8 + 4) ^ a_rd_row) << 4))};
 
   auto multiply_stage = [&] {
     cp_async_wait<kStages - 2>();
@@ -452,7 +453,12 @@ __global__ void __launch_bounds__(32 * kWarps, kPerSm) marlin_kernel(const __gri
     } else {
       named_barrier(1 + team, 32 * kSide);
     }
-    const uint32_t at = stage_rd;
+    const uint32_t at = stage_rd, a_at = kMapsA ? slot_rd * kTile.a_bytes() : stage_rd;
+    if constexpr (kMapsA) {
+      barrier_wait(a_full + 8 * slot_rd, parity);
+      slot_rd = slot_rd == kStages - 1 ? 0 : slot_rd + 1;
+      parity ^= slot_rd == 0;
+    }
     uint32_t words[kWordsAhead][4], right[kAhead][kBlocks][2], scales[SCALE_ROWS][4];
     auto read_words = [&](int first) {
 #pragma unroll
@@ -463,7 +469,7 @@ __global__ void __launch_bounds__(32 * kWarps, kPerSm) marlin_kernel(const __gri
       for (int i = 0; i < kAhead; i += 2) {
 #pragma unroll
         for (int j = 0; j < kBlocks; ++j) {
-          ldmatrix_x4(right[i][j], right[i + 1][j], a_rd[(first + i) / 2] + at + j * 1024);
+          ldmatrix_x4(right[i][j], right[i + 1][j], a_rd[(first + i) / 2] + a_at + j * 1024);
         }
       }
     };
@@ -559,23 +565,7 @@ __global__ void __launch_bounds__(32 * kWarps, kPerSm) marlin_kernel(const __gri
     }
   };
 
-  // Of a pair of CTAs each writes every other 16 pairs of sums: the other's it sends, and its own it adds to what it gets.
   const int pairs_here = args.tokens * kPairs;
-  auto write_halves = [&](int tile) {
-    const int rank = cta % 2;
-    const uint32_t peer_inbox = in_cta(smem_address(inbox), rank ^ 1), peer_mail = in_cta(mail, rank ^ 1);
-    asm volatile("barrier.cluster.wait.acquire;" ::: "memory");  // the other CTA has set up its barrier
-    for (int v = threadIdx.x; v < pairs_here; v += kThreads) {
-      if (v / 16 % 2 != rank) send(peer_inbox + v * 8, sum_of_warps(v), peer_mail);
-    }
-    barrier_wait(mail, 0);
-    for (int v = threadIdx.x; v < pairs_here; v += kThreads) {
-      if (v / 16 % 2 != rank) continue;
-      const float2 own = sum_of_warps(v), other = inbox[v];
-      write_pair(tile, v, make_float2(own.x + other.x, own.y + other.y));
-    }
-  };
-
   // Adds up every step'th pair of sums from start on, over the warps and over the CTAs from first to last, which share the
   // tile, and writes them; a CTA that drew another ticket than the last one leaves its sums to that one.
   auto write_tile = [&](int tile, int first, int last, int start, int end, int step) {
@@ -624,12 +614,6 @@ __global__ void __launch_bounds__(32 * kWarps, kPerSm) marlin_kernel(const __gri
       if (last_tile || kSummers == kWarps || warp == ends % kWarps) {
         const bool all = last_tile || kSummers == kWarps;
         barrier_wait(patches_full, ends % 2);
-        if constexpr (kMayPair) {
-          if (args.paired) {
-            write_halves(tile);
-            return;
-          }
-        }
         write_tile(tile, first, last, m0 * kPairs + (all ? threadIdx.x : lane), (m0 + kPatchTokens) * kPairs,
                    all ? kThreads : 32);
         if (!last_tile || m0 + kPatchTokens < kTokens) barrier_arrive(patches_free);
@@ -644,6 +628,13 @@ __global__ void __launch_bounds__(32 * kWarps, kPerSm) marlin_kernel(const __gri
   // are waited for in order. The code up to here is short on purpose: instructions come from memory too.
   aim_loads(unit);
   load_weights();
+  if constexpr (kMapsA) {
+    if (side == 0 && lane == 0) {
+#pragma unroll
+      for (int i = 0; i < kStages; ++i) barrier_init(a_full + 8 * i, 1);
+      asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+    }
+  }
   wait_for_previous_kernel();
 #pragma unroll 1
   for (int i = 0; i < kStages - 1; ++i) {
@@ -654,12 +645,8 @@ __global__ void __launch_bounds__(32 * kWarps, kPerSm) marlin_kernel(const __gri
   if (threadIdx.x == 0) {
     barrier_init(patches_full, kThreads);
     barrier_init(patches_free, 32 * kSummers);
-    barrier_init(mail, 1);
-    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
-    if (args.paired) barrier_expect(mail, args.tokens * kPairs / 2 * 8);
   }
   __syncthreads();
-  if (args.paired) asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
   if (!grouped) {  // channelwise: ones here, the scales when C is written
 #pragma unroll 1
     for (int i = 0; i < kStages; ++i) {
@@ -672,10 +659,8 @@ __global__ void __launch_bounds__(32 * kWarps, kPerSm) marlin_kernel(const __gri
   for (int tile = __umulhi(begin, args.k_magic); begin < stripe_end; ++tile) {
     const int tile_begin = tile * args.k_stages, tile_end = tile_begin + args.k_stages;
     int first = cta, last = cta;  // the CTAs that share it
-    if (!args.paired) {
-      while (begin_of(first) > tile_begin) --first;
-      while (begin_of(last + 1) < tile_end) ++last;
-    }
+    while (begin_of(first) > tile_begin) --first;
+    while (begin_of(last + 1) < tile_end) ++last;
     begin = min(stripe_end, tile_end);
     int rounds = (begin - unit + kTeams - 1) / kTeams;
     unit += rounds * kTeams;
@@ -698,6 +683,33 @@ __global__ void __launch_bounds__(32 * kWarps, kPerSm) marlin_kernel(const __gri
 // Host
 // ---------------------------------------------------------------------------------------------------------------------
 
+using Encode = decltype(&cuTensorMapEncodeTiled);
+
+// The driver's function, found through the runtime: nothing more to link.
+Encode find_encode() {
+  void* function = nullptr;
+  cudaDriverEntryPointQueryResult result;
+#if CUDART_VERSION >= 12050
+  const cudaError_t error =
+      cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &function, 12000, cudaEnableDefault, &result);
+#else
+  const cudaError_t error = cudaGetDriverEntryPoint("cuTensorMapEncodeTiled", &function, cudaEnableDefault, &result);
+#endif
+  return error == cudaSuccess ? reinterpret_cast<Encode>(function) : nullptr;
+}
+
+// A in boxes of 64 columns and all tokens, 128-byte swizzle.
+bool encode_a(CUtensorMap* map, const Problem& p, int tokens) {
+  static const Encode kEncode = find_encode();
+  const cuuint64_t sizes[2] = {static_cast<cuuint64_t>(p.K_A), static_cast<cuuint64_t>(p.M)};
+  const cuuint64_t pitch = 2 * static_cast<cuuint64_t>(p.M == 1 ? ceil_div(p.lda, 8) * 8 : p.lda);
+  const cuuint32_t box[2] = {STAGE_K, static_cast<cuuint32_t>(tokens)}, strides[2] = {1, 1};
+  return kEncode != nullptr &&
+         kEncode(map, CU_TENSOR_MAP_DATA_TYPE_FLOAT16, 2, const_cast<void*>(p.A), sizes, &pitch, box, strides,
+                 CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
+                 CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE) == CUDA_SUCCESS;
+}
+
 template <int kIdx>
 Status launch(const Args& args, int grid, bool overlap, cudaStream_t stream) {
   constexpr Tile kTile = kTiles[kIdx].tile;
@@ -711,16 +723,11 @@ Status launch(const Args& args, int grid, bool overlap, cudaStream_t stream) {
   config.blockDim = 32 * kTile.warps;
   config.dynamicSmemBytes = kSmem;
   config.stream = stream;
-  cudaLaunchAttribute attributes[2];
-  config.attrs = attributes;
-  if (overlap) {
-    attributes[config.numAttrs].id = cudaLaunchAttributeProgrammaticStreamSerialization;
-    attributes[config.numAttrs++].val.programmaticStreamSerializationAllowed = 1;
-  }
-  if (args.paired) {
-    attributes[config.numAttrs].id = cudaLaunchAttributeClusterDimension;
-    attributes[config.numAttrs++].val.clusterDim = {2, 1, 1};
-  }
+  cudaLaunchAttribute attribute;
+  attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  attribute.val.programmaticStreamSerializationAllowed = 1;
+  config.attrs = &attribute;
+  config.numAttrs = overlap ? 1 : 0;
   return cudaLaunchKernelEx(&config, kernel, args) == cudaSuccess ? Status::ok : Status::launch_failed;
 }
 
@@ -758,13 +765,13 @@ Status run_sm90_few(const Problem& p, const Config& config, bool overlap, int32_
   args.b_step_bytes = args.b_row_bytes * STEPS * tile.teams();
   args.k_a = static_cast<int>(p.K_A);
   args.halves = p.group != p.K && p.group % STAGE_K != 0;
-  args.paired = is_paired(tile, stages, tiles, grid);
   args.wide_c = p.N_C % 2 == 0 && is_aligned(p.C, 4);
   args.bias = static_cast<const half*>(p.bias);
   args.C = static_cast<half*>(p.C);
   args.n_c = p.N_C;
   args.parts = reinterpret_cast<uint2*>(locks);
   args.counters = locks + int64_t{2} * grid * tile.features() * tile.tokens;
+  if (tile.maps_a() && !encode_a(&args.a_map, p, tile.tokens)) return Status::launch_failed;
   return launch_any(args, grid, overlap, config.tile_idx, static_cast<cudaStream_t>(stream),
                     std::make_integer_sequence<int, kNumTiles>());
 }
