@@ -75,7 +75,7 @@ __global__ void compare(Problem p, double* sums) {
 
 #ifdef SM90
 
-constexpr bool kOverlap = false;  // alone, so that what the tile itself takes is seen
+constexpr bool kOverlap = true;  // as shipped
 
 int tile_tokens(const Tile& tile) { return tile.tokens; }
 
@@ -85,8 +85,8 @@ std::vector<Config> ways(const Problem& p, int tile_idx, int num_sms) {
   const int clusters = num_sms / tile.cluster;
   const int striped = static_cast<int>(ceil_div(p.N, tile.features()) * ceil_div(p.M, tile.tokens) % clusters);
   const int even = striped == 0 ? 0 : clusters / striped * striped;
-  std::vector<Config> configs = {make_candidate(p, tile_idx, clusters, even).config};
-  if (striped > 0 && even < clusters) configs.push_back(make_candidate(p, tile_idx, clusters, clusters).config);
+  std::vector<Config> configs = {make_config(p, tile_idx, clusters, even)};
+  if (striped > 0 && even < clusters) configs.push_back(make_config(p, tile_idx, clusters, clusters));
   return configs;
 }
 
@@ -103,7 +103,7 @@ void print_tile(const Tile& tile, const Config& config) {
 
 #elif defined(SM90_FEW)
 
-constexpr bool kOverlap = true;  // these are so short that one is never alone
+constexpr bool kOverlap = true;  // as shipped
 
 int tile_tokens(const Tile& tile) { return tile.tokens; }
 
@@ -112,8 +112,8 @@ std::vector<Config> ways(const Problem& p, int tile_idx, int num_sms) {
   const Tile& tile = kTiles[tile_idx].tile;
   if (p.M > tile.tokens) return {};
   const int all = num_sms * tile.per_sm, even = even_stripes(ceil_div(p.N, TILE_N), all);
-  std::vector<Config> configs = {make_candidate(p, tile_idx, even).config};
-  if (even < all) configs.push_back(make_candidate(p, tile_idx, all).config);
+  std::vector<Config> configs = {make_config(p, tile_idx, even)};
+  if (even < all) configs.push_back(make_config(p, tile_idx, all));
   return configs;
 }
 

@@ -380,28 +380,27 @@ struct Choice {
   Config config;
 };
 
-// Hopper's own kernels take what they can; at 9 to 16 tokens the one for Ampere is faster there too (bench/results).
+// Of Hopper's own two kernels the one that is expected to be faster; that for Ampere where neither takes the problem.
 Choice choose(const Problem& p, const Device& device, const Hints& hints, Backend wish) {
-  constexpr int64_t kFewTokens = 16;
   const auto try_backend = [&](Backend backend, auto choose_config) -> Choice {
     Config config = choose_config(p, device, hints);
     // the caller's hints are wishes only
     if (config.tile_idx < 0 && hints.tile_idx < 0) config = choose_config(p, device, Hints{});
     return {backend, config};
   };
-  const bool automatic = wish == Backend::automatic;
+  Choice choice{wish, {}};
+  const auto consider = [&](Backend backend, auto choose_config) {
+    if (wish != backend && wish != Backend::automatic) return;
+    const Choice other = try_backend(backend, choose_config);
+    if (other.config.tile_idx >= 0 && (choice.config.tile_idx < 0 || other.config.us < choice.config.us))
+      choice = other;
+  };
 #ifdef MARLIN_WITH_SM90
-  if (wish == Backend::sm90_few || automatic) {
-    const Choice choice = try_backend(Backend::sm90_few, choose_config_sm90_few);
-    if (!automatic || choice.config.tile_idx >= 0) return choice;
-  }
-  if (wish == Backend::sm90 || (automatic && p.M > kFewTokens)) {
-    const Choice choice = try_backend(Backend::sm90, choose_config_sm90);
-    if (!automatic || choice.config.tile_idx >= 0) return choice;
-  }
+  consider(Backend::sm90_few, choose_config_sm90_few);
+  consider(Backend::sm90, choose_config_sm90);
 #endif
-  if (!automatic && wish != Backend::sm80) return {wish, {}};
-  return try_backend(Backend::sm80, choose_config_sm80);
+  if (choice.config.tile_idx < 0) consider(Backend::sm80, choose_config_sm80);
+  return choice;
 }
 
 // The choice tries every tile, which takes longer than a launch: what it said is kept, by thread.

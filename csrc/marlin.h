@@ -104,6 +104,7 @@ struct Config {
   int num_locks = 0;         // int32 counters that must be zero before, and are zero after
   int64_t num_partials = 0;  // float32 scratch for tiles that several CTAs share
   int stripes = 0;           // clusters that share tiles (Hopper)
+  float us = 0;              // that an H200 is expected to take
 };
 
 Config choose_config_sm80(const Problem& p, const Device& device, const Hints& hints);

@@ -40,6 +40,8 @@ struct Tile {
   MARLIN_HD constexpr int stage_k() const { return TILE_K * steps; }
   MARLIN_HD constexpr int consumers() const { return 128 * groups * teams; }
   MARLIN_HD constexpr int accumulators() const { return blocks * tokens / 2; }  // of a thread
+  // Few tokens: the sums of a group are scaled, not its weights, 9 instructions a word instead of 13.
+  MARLIN_HD constexpr bool scales_sums() const { return blocks == 4 && tokens <= 32; }
   MARLIN_HD constexpr int token_blocks() const { return tokens / 8; }
   MARLIN_HD constexpr int own_blocks() const { return (token_blocks() + teams - 1) / teams; }  // after the teams' sum
   MARLIN_HD constexpr int mine_blocks() const { return (own_blocks() + cluster - 1) / cluster; }  // after the cluster's
@@ -71,7 +73,9 @@ struct Tile {
   }
   // Registers of a thread: what the launch gives all alike, and what producer and consumers have where that is too little.
   MARLIN_HD constexpr int launch_registers() const { return 512 / (consumers() / 128 + 1) / 8 * 8; }
-  MARLIN_HD constexpr bool moves_registers() const { return accumulators() + 12 * blocks + 44 > launch_registers(); }
+  MARLIN_HD constexpr bool moves_registers() const {
+    return accumulators() * (scales_sums() ? 2 : 1) + 12 * blocks + 44 > launch_registers();
+  }
   MARLIN_HD constexpr int producer_registers() const { return 24; }
   MARLIN_HD constexpr int consumer_registers() const {
     return (launch_registers() * (consumers() / 128 + 1) - producer_registers()) / (consumers() / 128) / 8 * 8;
@@ -90,27 +94,27 @@ struct TileCost {
 
 constexpr TileCost kTiles[] = {
     // 16 tokens
-    {{4, 16, 1, 3, 1, 8}, 0.8188f, 0.10f, 0.96f, 2.15f},
-    {{1, 16, 1, 4, 2, 8}, 0.3703f, 0.00f, 1.55f, 2.50f},
-    {{2, 16, 1, 3, 2, 8}, 0.4971f, 0.00f, 1.51f, 2.81f},
+    {{4, 16, 1, 3, 1, 8}, 0.7107f, 0.68f, 0.81f, 1.70f},
+    {{1, 16, 1, 4, 2, 8}, 0.3394f, 1.67f, 0.77f, 0.00f},
+    {{2, 16, 1, 3, 2, 8}, 0.4756f, 0.47f, 1.00f, 1.69f},
     // 32
-    {{4, 32, 1, 2, 1, 8}, 0.5961f, 0.43f, 0.66f, 4.66f},
+    {{4, 32, 1, 2, 1, 8}, 0.7258f, 0.00f, 1.06f, 4.89f},
     {{1, 32, 1, 4, 2, 8}, 0.2587f, 2.13f, 0.69f, 2.28f},
-    {{2, 32, 1, 3, 2, 8}, 0.3189f, 1.62f, 0.96f, 2.72f},
+    {{2, 32, 1, 3, 2, 8}, 0.3535f, 1.62f, 0.96f, 2.72f},
     // 48
     {{2, 48, 1, 3, 2, 8}, 0.3869f, 2.11f, 0.93f, 2.69f},
     {{4, 48, 1, 2, 1, 8}, 0.8019f, 0.64f, 0.91f, 4.40f},
     // 64
     {{2, 64, 1, 2, 2, 8}, 0.5320f, 2.39f, 0.87f, 1.42f},
-    {{4, 64, 1, 2, 1, 8}, 0.9886f, 1.05f, 1.62f, 0.21f},
-    {{1, 64, 1, 4, 2, 8}, 0.2728f, 2.76f, 0.69f, 1.61f},
+    {{4, 64, 1, 2, 1, 8}, 1.0236f, 1.05f, 1.62f, 0.21f},
+    {{1, 64, 1, 4, 2, 8}, 0.2910f, 2.76f, 0.69f, 1.61f},
     // 96
     {{2, 96, 1, 2, 2, 8}, 0.6900f, 2.60f, 1.10f, 0.79f},
     {{2, 96, 2, 1, 1, 8}, 1.3310f, 0.00f, 2.20f, 0.00f},
     // 128
     {{2, 128, 1, 2, 2, 8}, 0.8209f, 3.00f, 1.45f, 0.15f},
-    {{2, 128, 2, 1, 1, 8}, 1.6492f, 0.00f, 3.04f, 0.00f},
-    {{2, 128, 1, 2, 1, 8}, 0.8355f, 0.52f, 2.20f, 0.00f},
+    {{2, 128, 2, 1, 1, 8}, 1.6492f, 0.00f, 3.86f, 0.00f},
+    {{2, 128, 1, 2, 1, 8}, 0.8626f, 0.52f, 2.20f, 0.00f},
 };
 constexpr int kNumTiles = sizeof(kTiles) / sizeof(kTiles[0]);
 
@@ -121,13 +125,8 @@ constexpr bool takes_group(const Tile& tile, const Problem& p) {
   return p.group >= MIN_GROUP && tile.stage_k() % p.group == 0;
 }
 
-// A tile, the clusters of the grid, and those of them that get a stripe, as a Config, with the time that the fit predicts.
-struct Candidate {
-  Config config;
-  float us;
-};
-
-Candidate make_candidate(const Problem& p, int tile_idx, int clusters, int stripes) {
+// A tile, the clusters of the grid, and those of them that get a stripe, with the time that the fit predicts.
+Config make_config(const Problem& p, int tile_idx, int clusters, int stripes) {
   constexpr float kBytesPerUs = 4.3e6f;  // of the same fit
   const TileCost& cost = kTiles[tile_idx];
   const Tile& tile = cost.tile;
@@ -137,15 +136,14 @@ Candidate make_candidate(const Problem& p, int tile_idx, int clusters, int strip
   if (stripes > striped * stages) stripes = static_cast<int>(striped * stages);
   const bool shared = stripes != striped;  // else a stripe is a whole tile
 
-  Candidate candidate;
-  candidate.config.tile_idx = tile_idx;
-  candidate.config.features = tile.features();
-  candidate.config.tokens = tile.tokens;
-  candidate.config.grid = clusters * tile.cluster;
-  candidate.config.stripes = shared ? stripes : 0;
-  candidate.config.num_locks = 2 * candidate.config.stripes * tile.cluster;
-  candidate.config.num_partials =
-      int64_t{2} * candidate.config.stripes * tile.cluster * tile.consumers() * tile.vectors() * 4;
+  Config config;
+  config.tile_idx = tile_idx;
+  config.features = tile.features();
+  config.tokens = tile.tokens;
+  config.grid = clusters * tile.cluster;
+  config.stripes = shared ? stripes : 0;
+  config.num_locks = 2 * config.stripes * tile.cluster;
+  config.num_partials = int64_t{2} * config.stripes * tile.cluster * tile.consumers() * tile.vectors() * 4;
 
   // clusters that meet in a tile: one, several that each have an equal part of it, or a number more that cut it anywhere
   int64_t sharers = 0, units = rounds * stages, ends = rounds;
@@ -156,16 +154,16 @@ Candidate make_candidate(const Problem& p, int tile_idx, int clusters, int strip
   }
   const float compute_us = static_cast<float>(units) * cost.stage_us + static_cast<float>(ends) * cost.tile_us;
   const float memory_us = static_cast<float>(p.K * p.N / 2) / kBytesPerUs;
-  candidate.us =
+  config.us =
       cost.start_us + (compute_us > memory_us ? compute_us : memory_us) + static_cast<float>(sharers) * cost.sharer_us;
-  return candidate;
+  return config;
 }
 
 }  // namespace
 
 Config choose_config_sm90(const Problem& p, const Device& device, const Hints& hints) {
-  Candidate best{{}, 0};
-  if (p.dtype != DType::f16 || device.capability != 90) return best.config;
+  Config best;
+  if (p.dtype != DType::f16 || device.capability != 90) return best;
   const int sms = hints.num_sms > 0 && hints.num_sms < device.num_sms ? hints.num_sms : device.num_sms;
   for (int i = 0; i < kNumTiles; ++i) {
     const Tile& tile = kTiles[i].tile;
@@ -176,12 +174,12 @@ Config choose_config_sm90(const Problem& p, const Device& device, const Hints& h
     const int striped = static_cast<int>(tiles % clusters);
     const int even = striped == 0 ? 0 : clusters / striped * striped;  // stripes that end where tiles do
     for (const int stripes : {even, clusters}) {
-      const Candidate candidate = make_candidate(p, i, clusters, stripes);
-      if (best.config.tile_idx < 0 || candidate.us < best.us) best = candidate;
+      const Config config = make_config(p, i, clusters, stripes);
+      if (best.tile_idx < 0 || config.us < best.us) best = config;
       if (striped == 0) break;
     }
   }
-  return best.config;
+  return best;
 }
 
 }  // namespace marlin
@@ -326,23 +324,24 @@ __device__ inline void wait_for_previous_kernel() { asm volatile("griddepcontrol
 #define TEXT32 TEXT24 ", %24, %25, %26, %27, %28, %29, %30, %31"
 #define TEXT48 TEXT32 ", %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47"
 #define TEXT64 TEXT48 ", %48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
-#define WGMMA(TOKENS, DS, A, B, ...)                                                                                 \
-  if constexpr (kTokens == TOKENS) {                                                                                 \
-    asm volatile("wgmma.mma_async.sync.aligned.m64n" #TOKENS "k16.f32.f16.f16 {" DS "}, {" A "}, " B ", 1, 1, 1, 0;" \
-                 : __VA_ARGS__                                                                                       \
-                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));                                              \
+#define WGMMA(TOKENS, DS, A, B, ADD, ...)                                                                     \
+  if constexpr (kTokens == TOKENS) {                                                                          \
+    asm volatile("wgmma.mma_async.sync.aligned.m64n" #TOKENS "k16.f32.f16.f16 {" DS "}, {" A "}, " B ", " ADD \
+                 ", 1, 1, 0;"                                                                                 \
+                 : __VA_ARGS__                                                                                \
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "n"(kAdd ? 1 : 0));                    \
   }
 
-// d += a b: 64 features x kTokens tokens; a from registers, b a descriptor of shared memory.
-template <int kTokens>
+// d += a b, or d = a b: 64 features x kTokens tokens; a from registers, b a descriptor of shared memory.
+template <int kTokens, bool kAdd>
 __device__ inline void wgmma(float (&d)[kTokens / 2], const uint32_t (&a)[4], uint64_t b) {
-  WGMMA(8, TEXT4, "%4, %5, %6, %7", "%8", D4(0));
-  WGMMA(16, TEXT8, "%8, %9, %10, %11", "%12", D8(0));
-  WGMMA(32, TEXT16, "%16, %17, %18, %19", "%20", D16(0));
-  WGMMA(48, TEXT24, "%24, %25, %26, %27", "%28", D16(0), D8(16));
-  WGMMA(64, TEXT32, "%32, %33, %34, %35", "%36", D32(0));
-  WGMMA(96, TEXT48, "%48, %49, %50, %51", "%52", D32(0), D16(32));
-  WGMMA(128, TEXT64, "%64, %65, %66, %67", "%68", D32(0), D32(32));
+  WGMMA(8, TEXT4, "%4, %5, %6, %7", "%8", "%9", D4(0));
+  WGMMA(16, TEXT8, "%8, %9, %10, %11", "%12", "%13", D8(0));
+  WGMMA(32, TEXT16, "%16, %17, %18, %19", "%20", "%21", D16(0));
+  WGMMA(48, TEXT24, "%24, %25, %26, %27", "%28", "%29", D16(0), D8(16));
+  WGMMA(64, TEXT32, "%32, %33, %34, %35", "%36", "%37", D32(0));
+  WGMMA(96, TEXT48, "%48, %49, %50, %51", "%52", "%53", D32(0), D16(32));
+  WGMMA(128, TEXT64, "%64, %65, %66, %67", "%68", "%69", D32(0), D32(32));
 }
 
 // The right operand: rows (tokens) of 128 bytes, 16-byte pieces permuted as the tensor map's 128-byte swizzle does, eight
@@ -369,16 +368,23 @@ __device__ inline uint32_t and_or(uint32_t word) {
 }
 
 // The eight weights of a word as a left operand: registers 0 and 2 are feature g (k 2t, 2t + 1, and the same + 8), 1 and 3
-// feature g + 8; scales holds that of g below that of g + 8.
+// feature g + 8; exactly q - 8, or that times the scales: that of g lies below that of g + 8.
 // 0x6400 is fp16 1024 with a unit of 1 in its lowest bit, so 0x6400 | q is 1024 + q and 0x6400 | q << 4 is 1024 + 16 q.
+template <bool kScaled>
 __device__ inline void dequantise(uint32_t (&left)[4], uint32_t word, uint32_t scales) {
   const half2 k1032 = as_half2(0x64086408), kSixteenth = as_half2(0x2c002c00), kMinus72 = as_half2(0xd480d480);
-  const half2 lower = __low2half2(as_half2(scales)), upper = __high2half2(as_half2(scales));
-  const uint32_t next = word >> 8;
-  left[0] = as_bits(__hmul2(__hsub2(as_half2(and_or<0x000f000f, 0x64006400>(word)), k1032), lower));
-  left[1] = as_bits(__hmul2(__hsub2(as_half2(and_or<0x000f000f, 0x64006400>(next)), k1032), upper));
-  left[2] = as_bits(__hmul2(__hfma2(as_half2(and_or<0x00f000f0, 0x64006400>(word)), kSixteenth, kMinus72), lower));
-  left[3] = as_bits(__hmul2(__hfma2(as_half2(and_or<0x00f000f0, 0x64006400>(next)), kSixteenth, kMinus72), upper));
+#pragma unroll
+  for (int r = 0; r < 2; ++r, word >>= 8) {
+    half2 lower = __hsub2(as_half2(and_or<0x000f000f, 0x64006400>(word)), k1032);
+    half2 upper = __hfma2(as_half2(and_or<0x00f000f0, 0x64006400>(word)), kSixteenth, kMinus72);
+    if constexpr (kScaled) {
+      const half2 scale = r == 0 ? __low2half2(as_half2(scales)) : __high2half2(as_half2(scales));
+      lower = __hmul2(lower, scale);
+      upper = __hmul2(upper, scale);
+    }
+    left[r] = as_bits(lower);
+    left[r + 2] = as_bits(upper);
+  }
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -543,9 +549,11 @@ __global__ void __launch_bounds__(128 * (kGroups * kTeams + 1), 1) marlin_kernel
   const bool grouped = args.group_stages != 0;
 
   float acc[kBlocks][kTokens / 2];  // (m64 blocks, n8 blocks x (features g, g + 8) x (tokens 2t, 2t + 1))
-  uint32_t left[2][kBlocks][4];     // (buffers, m64 blocks, registers)
-  uint32_t words[2][kBlocks];       // of this step and the next
-  uint32_t s_frag[kBlocks];         // scales of 32 rows: pairs for features g and g + 8
+  constexpr bool kScalesSums = kTile.scales_sums();
+  float sums[kScalesSums ? kBlocks : 1][kTokens / 2];  // of one group, not yet scaled
+  uint32_t left[2][kBlocks][4];                        // (buffers, m64 blocks, registers)
+  uint32_t words[2][kBlocks];                          // of this step and the next
+  uint32_t s_frag[kBlocks];                            // scales of 32 rows: pairs for features g and g + 8
 
   int stage = team % kStages, parity = team / kStages % 2;  // this team's next one
   int behind = team;                                        // and how many stages it lies behind the segment's begin
@@ -557,9 +565,38 @@ __global__ void __launch_bounds__(128 * (kGroups * kTeams + 1), 1) marlin_kernel
     if (grouped)
       load_smem(s_frag, s_rd + at * kTile.s_bytes() + (half_step * MIN_GROUP >> args.group_shift) * (kFeatures * 2));
   };
+  auto keep_ones = [&] {  // channelwise: ones here, the scales when C is written
 #pragma unroll
-  for (int i = 0; i < kBlocks; ++i) s_frag[i] = 0x3c003c00;  // channelwise: ones here, the scales when C is written
-  auto release_before = [&](int at) {                        // the stage that this team read before
+    for (int i = 0; i < kBlocks; ++i) s_frag[i] = 0x3c003c00;
+  };
+  keep_ones();
+  // Touched only between wgmmas: hidden, so that the compiler moves nothing of it in between, which would put them in line.
+  auto hide = [](auto& sums) {
+    for (auto& block : sums) {
+#pragma unroll
+      for (float& v : block) asm volatile("" : "+f"(v));
+    }
+  };
+  auto zero = [&](auto& sums) {
+#pragma unroll
+    for (int i = 0; i < kBlocks; ++i) {
+#pragma unroll
+      for (int e = 0; e < kTokens / 2; ++e) sums[i][e] = 0;
+    }
+    hide(sums);
+  };
+  auto add_scaled = [&] {
+    wgmma_wait<0>();
+    hide(sums);
+#pragma unroll
+    for (int i = 0; i < kBlocks; ++i) {
+      const float2 scale = __half22float2(as_half2(s_frag[i]));
+#pragma unroll
+      for (int e = 0; e < kTokens / 2; ++e) acc[i][e] += sums[i][e] * (e % 4 < 2 ? scale.x : scale.y);
+    }
+  };
+  auto ends_group = [&](int step) { return (step + 1) * TILE_K % (1 << args.group_shift) == 0; };
+  auto release_before = [&](int at) {  // the stage that this team read before
     if (lane == 0) barrier_arrive(empty + 8 * (at < kTeams ? at - kTeams + kStages : at - kTeams));
   };
 
@@ -740,19 +777,16 @@ __global__ void __launch_bounds__(128 * (kGroups * kTeams + 1), 1) marlin_kernel
       drawn = true;
     };
 
-#pragma unroll
-    for (int i = 0; i < kBlocks; ++i) {
-#pragma unroll
-      for (int e = 0; e < kTokens / 2; ++e) {
-        acc[i][e] = 0;
-        asm volatile("" : "+f"(acc[i][e]));  // else the compiler zeroes between wgmmas, and puts them in line
-      }
+    zero(acc);
+    if constexpr (kScalesSums) {
+      zero(sums);
+      keep_ones();
     }
     if (behind < count) {
       barrier_wait(full + 8 * stage, parity);
       load_words(stage, 0);
       load_words(stage, 1);
-      load_scales(stage, 0);
+      if constexpr (!kScalesSums) load_scales(stage, 0);
     }
     const int first_stage = behind;
     for (; behind < count; behind += kTeams) {
@@ -764,20 +798,36 @@ __global__ void __launch_bounds__(128 * (kGroups * kTeams + 1), 1) marlin_kernel
 #pragma unroll
       for (int step = 0; step < kSteps; ++step) {
 #pragma unroll
-        for (int i = 0; i < kBlocks; ++i) dequantise(left[step % 2][i], words[step % 2][i], s_frag[i]);
+        for (int i = 0; i < kBlocks; ++i) dequantise<!kScalesSums>(left[step % 2][i], words[step % 2][i], s_frag[i]);
+        if constexpr (kScalesSums) {  // the group before is complete: always at a stage's begin, sometimes within
+          if (step == 0) {
+            add_scaled();
+          } else if (step % 2 == 0 && ends_group(step - 1)) {
+            add_scaled();
+            zero(sums);
+          }
+        }
         wgmma_fence();
 #pragma unroll
-        for (int i = 0; i < kBlocks; ++i)
-          wgmma<kTokens>(acc[i], left[step % 2][i],
-                         tokens_descriptor(tokens + 2 * (step % 4) + step / 4 * (kABox / 16)));
+        for (int i = 0; i < kBlocks; ++i) {
+          const uint64_t right = tokens_descriptor(tokens + 2 * (step % 4) + step / 4 * (kABox / 16));
+          if constexpr (!kScalesSums) {
+            wgmma<kTokens, true>(acc[i], left[step % 2][i], right);
+          } else if (step == 0) {
+            wgmma<kTokens, false>(sums[i], left[step % 2][i], right);
+          } else {
+            wgmma<kTokens, true>(sums[i], left[step % 2][i], right);
+          }
+        }
         wgmma_commit();
+        if (kScalesSums && step % 2 == 1 && (step + 1 == kSteps || ends_group(step))) load_scales(stage, step / 2);
         if (step + 2 < kSteps) {
           load_words(stage, step + 2);
-          if (step % 2 == 1) load_scales(stage, (step + 1) / 2);
+          if (!kScalesSums && step % 2 == 1) load_scales(stage, (step + 1) / 2);
         } else if (behind + kTeams < count) {
           if (step + 2 == kSteps) barrier_wait(full + 8 * next_stage, next_parity);
           load_words(next_stage, step + 2 - kSteps);
-          if (step + 1 == kSteps) load_scales(next_stage, 0);
+          if (!kScalesSums && step + 1 == kSteps) load_scales(next_stage, 0);
         }
         wgmma_wait<1>();
         if (step == 0 && behind != first_stage) release_before(stage);
@@ -786,7 +836,11 @@ __global__ void __launch_bounds__(128 * (kGroups * kTeams + 1), 1) marlin_kernel
       parity = next_parity;
     }
     draw_ticket();
-    wgmma_wait<0>();
+    if constexpr (kScalesSums) {
+      add_scaled();
+    } else {
+      wgmma_wait<0>();
+    }
     if (behind != first_stage) release_before(stage);
     behind -= count;
 

@@ -34,26 +34,20 @@ constexpr int B_BYTES = TILE_N * STAGE_K / 2, S_BYTES = TILE_N * SCALE_ROWS * 2;
 constexpr int PATCH_PITCH = TILE_N + 4;
 
 struct Tile {
-  int tokens;  // 1, 8, 16 or 32
-  int side;    // warps of a team, side by side: 64 features each
+  int tokens;  // 1, 8 or 16
   int warps;
-  int stages;  // in each team's ring
+  int stages;  // in each warp's ring
   int per_sm;  // CTAs on a multiprocessor: 1, or 2 of which one reads while the other finishes a tile
 
-  MARLIN_HD constexpr int features() const { return TILE_N * side; }
-  MARLIN_HD constexpr int teams() const { return warps / side; }
   MARLIN_HD constexpr int a_bytes() const { return tokens * STAGE_K * 2; }
-  // Many tokens come by a tensor map, one copy a stage, into a ring apart: swizzling counts from multiples of 1024 bytes.
-  MARLIN_HD constexpr bool maps_a() const { return tokens >= 16; }
-  MARLIN_HD constexpr int stage_bytes() const { return side * (B_BYTES + S_BYTES) + (maps_a() ? 0 : a_bytes()); }
-  MARLIN_HD constexpr int mapped_bytes() const { return maps_a() ? teams() * stages * a_bytes() : 0; }
-  MARLIN_HD constexpr int patch_tokens() const { return tokens < 16 ? tokens : 16; }
-  MARLIN_HD constexpr int patch_bytes() const { return patch_tokens() * PATCH_PITCH * 4; }
+  // 16 tokens come by a tensor map, one copy a stage, into a ring apart: its swizzle counts from multiples of 1024 bytes.
+  MARLIN_HD constexpr bool maps_a() const { return tokens == 16; }
+  MARLIN_HD constexpr int mapped_bytes() const { return maps_a() ? stages * a_bytes() : 0; }
+  MARLIN_HD constexpr int stage_bytes() const { return B_BYTES + S_BYTES + (maps_a() ? 0 : a_bytes()); }
+  MARLIN_HD constexpr int patch_bytes() const { return tokens * PATCH_PITCH * 4; }
   MARLIN_HD constexpr int smem_bytes() const {
-    return mapped_bytes() + teams() * stages * stage_bytes() + warps * patch_bytes();
+    return warps * (mapped_bytes() + stages * stage_bytes() + patch_bytes());
   }
-  // Sums of a group are scaled, not its weights, where there are few: 9 instructions a word instead of 13.
-  MARLIN_HD constexpr bool scales_sums() const { return tokens <= 16; }
 };
 
 // The measured ones: microseconds on an H200 of a stage, of a tile's end, of a tile that several CTAs share, for each of
@@ -64,10 +58,14 @@ struct TileCost {
 };
 
 constexpr TileCost kTiles[] = {
-    {{1, 1, 16, 3, 1}, 0.0573f, 0.51f, 0.36f, 1.23f},
-    {{1, 1, 8, 3, 2}, 0.0435f, 1.25f, 0.03f, 3.36f},
-    {{8, 1, 16, 3, 1}, 0.0554f, 1.00f, 0.37f, 1.01f},
-    {{8, 1, 8, 3, 2}, 0.0634f, 0.90f, 0.01f, 3.67f},
+    // 1 token
+    {{1, 16, 3, 1}, 0.0588f, 0.51f, 0.34f, 0.95f},
+    {{1, 8, 3, 2}, 0.0477f, 1.19f, 0.02f, 3.36f},
+    // 8
+    {{8, 16, 3, 1}, 0.0570f, 0.85f, 0.33f, 0.95f},
+    {{8, 8, 3, 2}, 0.0167f, 1.04f, 0.00f, 4.18f},
+    // 16
+    {{16, 12, 3, 1}, 0.0805f, 1.15f, 0.41f, 0.45f},
 };
 constexpr int kNumTiles = sizeof(kTiles) / sizeof(kTiles[0]);
 
@@ -83,17 +81,12 @@ constexpr bool takes(const Problem& p) {
 
 constexpr uint32_t magic_of(int64_t divisor) { return static_cast<uint32_t>(ceil_div(int64_t{1} << 32, divisor)); }
 
-// A tile and the CTAs that get a stripe as a Config, and the time that the fit predicts.
-struct Candidate {
-  Config config;
-  float us;
-};
-
-Candidate make_candidate(const Problem& p, int tile_idx, int stripes) {
+// A tile, and the CTAs that get a stripe, with the time that the fit predicts.
+Config make_config(const Problem& p, int tile_idx, int stripes) {
   constexpr float kBytesPerUs = 4.3e6f;  // of the same fit
   const TileCost& cost = kTiles[tile_idx];
   const Tile& tile = cost.tile;
-  const int64_t stages = ceil_div(p.K, STAGE_K), tiles = ceil_div(p.N, tile.features()), total = stages * tiles;
+  const int64_t stages = ceil_div(p.K, STAGE_K), tiles = ceil_div(p.N, TILE_N), total = stages * tiles;
   stripes = static_cast<int>(total < stripes ? total : stripes);
   const int64_t stripe = ceil_div(total, stripes);
   // the CTAs that share a tile: one, several that each have an equal part, or a number more that cut it anywhere
@@ -101,20 +94,20 @@ Candidate make_candidate(const Problem& p, int tile_idx, int stripes) {
   const int64_t sharers = tiles % stripes == 0 ? 0 : even ? stripes / tiles : ceil_div(stripes, tiles) + 1;
   const int64_t ends = sharers == 0 ? tiles / stripes : even ? 1 : ceil_div(stripe, stages) + 1;
 
-  Candidate candidate;
-  candidate.config.tile_idx = tile_idx;
-  candidate.config.features = tile.features();
-  candidate.config.tokens = tile.tokens;
-  candidate.config.grid = stripes;
+  Config config;
+  config.tile_idx = tile_idx;
+  config.features = TILE_N;
+  config.tokens = tile.tokens;
+  config.grid = stripes;
   // a counter, and the words of two parts of tiles, for each CTA
-  candidate.config.num_locks = sharers == 0 ? 0 : stripes * (1 + 2 * tile.features() * tile.tokens);
+  config.num_locks = sharers == 0 ? 0 : stripes * (1 + 2 * TILE_N * tile.tokens);
 
-  const float rounds = static_cast<float>(ceil_div(stripe, tile.teams()) * tile.teams());
+  const float rounds = static_cast<float>(ceil_div(stripe, tile.warps) * tile.warps);
   const float compute_us = rounds * cost.stage_us + static_cast<float>(ends) * cost.tile_us;
   const float memory_us = static_cast<float>(p.K * p.N / 2) / kBytesPerUs;
-  candidate.us =
+  config.us =
       cost.start_us + (compute_us > memory_us ? compute_us : memory_us) + static_cast<float>(sharers) * cost.sharer_us;
-  return candidate;
+  return config;
 }
 
 // The most CTAs, up to as many, of which each has whole tiles, or each tile the same number of CTAs.
@@ -126,20 +119,20 @@ constexpr int even_stripes(int64_t tiles, int most) {
 }  // namespace
 
 Config choose_config_sm90_few(const Problem& p, const Device& device, const Hints& hints) {
-  Candidate best{{}, 0};
-  if (p.dtype != DType::f16 || device.capability != 90 || p.M == 0 || !takes(p)) return best.config;
+  Config best;
+  if (p.dtype != DType::f16 || device.capability != 90 || p.M == 0 || !takes(p)) return best;
   const bool wished = hints.num_sms > 0;
   for (int i = 0; i < kNumTiles; ++i) {
     const Tile& tile = kTiles[i].tile;
-    if (p.M > tile.tokens || p.N % tile.features() != 0 || tile.smem_bytes() > device.smem_bytes) continue;
-    if ((hints.tile_n > 0 && hints.tile_n != tile.features()) || (hints.tile_idx >= 0 && hints.tile_idx != i)) continue;
+    if (p.M > tile.tokens || tile.smem_bytes() > device.smem_bytes) continue;
+    if ((hints.tile_n > 0 && hints.tile_n != TILE_N) || (hints.tile_idx >= 0 && hints.tile_idx != i)) continue;
     const int all = device.num_sms * tile.per_sm, most = wished && hints.num_sms < all ? hints.num_sms : all;
-    for (const int stripes : {even_stripes(p.N / tile.features(), most), most}) {
-      const Candidate candidate = make_candidate(p, i, stripes);
-      if (best.config.tile_idx < 0 || candidate.us < best.us) best = candidate;
+    for (const int stripes : {even_stripes(ceil_div(p.N, TILE_N), most), most}) {
+      const Config config = make_config(p, i, stripes);
+      if (best.tile_idx < 0 || config.us < best.us) best = config;
     }
   }
-  return best.config;
+  return best;
 }
 
 }  // namespace marlin
@@ -201,10 +194,6 @@ __device__ inline void mma_m16n8k16(float (&c)[4], const uint32_t (&a)[4], const
       "%3};"
       : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
-}
-
-__device__ inline void named_barrier(int id, int num_threads) {
-  asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(num_threads) : "memory");
 }
 
 __device__ inline void barrier_init(uint32_t barrier, int arrivals) {
@@ -282,20 +271,14 @@ __device__ inline void wait_for_previous_kernel() { asm volatile("griddepcontrol
 __device__ inline half2 as_half2(uint32_t bits) { return *reinterpret_cast<half2*>(&bits); }
 __device__ inline uint32_t as_bits(half2 h) { return *reinterpret_cast<uint32_t*>(&h); }
 
-// A left operand, exactly q - 8, or that times the scales of features g (the lower one) and g + 8: register 0: features g, k 2t and 2t + 1; 1: features g + 8; 2 and 3: the same at k + 8.
+// A left operand, exactly q - 8: register 0: features g, k 2t and 2t + 1; 1: features g + 8; 2 and 3: the same at k + 8.
 // 0x6400 is fp16 1024 with a unit of 1 in its lowest bit, so 0x6400 | q is 1024 + q and 0x6400 | q << 4 is 1024 + 16 q.
-template <bool kScaled>
-__device__ inline void dequantise(uint32_t word, uint32_t scales, uint32_t (&left)[4]) {
+__device__ inline void dequantise(uint32_t word, uint32_t (&left)[4]) {
   const half2 k1032 = as_half2(0x64086408), kSixteenth = as_half2(0x2c002c00), kMinus72 = as_half2(0xd480d480);
 #pragma unroll
   for (int r = 0; r < 2; ++r, word >>= 8) {
     left[r] = as_bits(__hsub2(as_half2(and_or<0x000f000f, 0x64006400>(word)), k1032));
     left[r + 2] = as_bits(__hfma2(as_half2(and_or<0x00f000f0, 0x64006400>(word)), kSixteenth, kMinus72));
-    if constexpr (kScaled) {
-      const half2 scale = r == 0 ? __low2half2(as_half2(scales)) : __high2half2(as_half2(scales));
-      left[r] = as_bits(__hmul2(as_half2(left[r]), scale));
-      left[r + 2] = as_bits(__hmul2(as_half2(left[r + 2]), scale));
-    }
   }
 }
 
@@ -314,7 +297,7 @@ struct Args {
   int k16_rows;                                    // K / 16
   uint32_t b_row_bytes, s_row_bytes, a_row_bytes;  // of a k16 row of B, of a row of s, of A
   int tokens, whole_stages;                        // M, stages that are full: min(K, K_A) / 64
-  uint32_t b_step_bytes;                           // of B from a stage to the team's next
+  uint32_t b_step_bytes;                           // of B from a stage to the warp's next
   int k_a;                                         // K_A
   bool halves;                                     // a stage has two rows of scales
   bool wide_c;                                     // C takes 4-byte stores
@@ -326,47 +309,42 @@ struct Args {
   CUtensorMap a_map;
 };
 
-template <int kTokens, int kSide, int kWarps, int kStages, int kPerSm>
+template <int kTokens, int kWarps, int kStages, int kPerSm>
 __global__ void __launch_bounds__(32 * kWarps, kPerSm) marlin_kernel(const __grid_constant__ Args args) {
-  constexpr Tile kTile{kTokens, kSide, kWarps, kStages, kPerSm};
-  constexpr int kThreads = 32 * kWarps, kTeams = kTile.teams(), kFeatures = kTile.features();
+  constexpr Tile kTile{kTokens, kWarps, kStages, kPerSm};
+  constexpr int kThreads = 32 * kWarps;
   constexpr uint32_t kStageBytes = kTile.stage_bytes(), kRingBytes = kStages * kStageBytes;
-  constexpr uint32_t kSOffset = B_BYTES, kAOffset = kSide * (B_BYTES + S_BYTES);  // s behind a warp's B, A behind all
+  constexpr uint32_t kSOffset = B_BYTES, kAOffset = B_BYTES + S_BYTES;  // in a stage
 
   launch_dependents();
   const int cta = blockIdx.x;
   const int lane = threadIdx.x % 32, warp = __shfl_sync(0xffffffff, threadIdx.x / 32, 0);  // uniform: scalar registers
-  const int team = warp / kSide, side = warp % kSide;
   const bool grouped = args.group_magic != 0, halves = args.halves;
 
   constexpr bool kMapsA = kTile.maps_a();
   extern __shared__ __align__(1024) unsigned char smem[];
   __shared__ int ticket_smem;
-  __shared__ uint64_t barriers[2 + (kMapsA ? kTeams * kStages : 0)];
+  __shared__ uint64_t barriers[2 + (kMapsA ? kWarps * kStages : 0)];
   const uint32_t patches_full = smem_address(barriers), patches_free = smem_address(barriers + 1);
-  const uint32_t a_full = smem_address(barriers + 2) + team * (kStages * 8);  // of the ring for mapped activations
-  const uint32_t a_ring = smem_address(smem) + team * (kStages * kTile.a_bytes());
-  const uint32_t ring = smem_address(smem) + kTile.mapped_bytes() + team * kRingBytes;
-  float* const patches = reinterpret_cast<float*>(smem + kTile.mapped_bytes() + kTeams * kRingBytes);
+  const uint32_t a_full = smem_address(barriers + 2) + warp * (kStages * 8);  // of the ring for mapped activations
+  const uint32_t a_ring = smem_address(smem) + warp * kTile.mapped_bytes();
+  const uint32_t ring = smem_address(smem) + kWarps * kTile.mapped_bytes() + warp * kRingBytes;
+  float* const patches = reinterpret_cast<float*>(smem + kWarps * (kTile.mapped_bytes() + kRingBytes));
 
   auto begin_of = [&](int of) { return of * args.stripe + min(of, args.longer); };
   const int stripe_begin = begin_of(cta), stripe_end = begin_of(cta + 1);
   int begin = stripe_begin;        // of this CTA's next part of a tile
-  int unit = stripe_begin + team;  // this team's next stage in the line
+  int unit = stripe_begin + warp;  // this warp's next stage in the line
 
   // ---- issue next loads: a cursor that runs ahead of the products, over the borders of tiles -------------------------
-  // Of a stage a lane copies 16 bytes of each k16 row of B, of every A_ROWS'th row of A from a_row on, and of row `row` of s.
+  // Of a stage a lane copies 16 bytes of each k16 row of B, of rows `row` and `row` + 4 of A, and of row `row` of s.
   uint32_t stage_wr = 0;  // where the next stage goes, from the start of the ring
   int slot_wr = 0;        // the same as a number
-  constexpr int A_ROWS = 4 * kSide, kCopies = (kTokens + A_ROWS - 1) / A_ROWS;
-  const int piece = lane % 8, row = lane / 8, a_row = 4 * side + row;
-  const uint32_t b_wr = made(ring + side * (B_BYTES + S_BYTES) + lane * 16);  // and where it puts s, behind kSOffset
-  const uint32_t a_wr = made(ring + kAOffset + a_row * 128 + ((piece ^ a_row % 8) << 4));
-  auto a_copy = [&](int i) {  // with one warp a team rows are 4 apart: the other half
-    return ((a_wr + stage_wr) ^ (kSide == 1 ? i % 2 << 6 : 0)) + i * (A_ROWS * 128);
-  };
+  const int piece = lane % 8, row = lane / 8;
+  const uint32_t b_wr = made(ring + lane * 16);  // and where it puts s, behind kSOffset
+  const uint32_t a_wr = made(ring + kAOffset + row * 128 + ((piece ^ row) << 4));  // row + 4: the other half
   const bool s_mine = grouped && (row == SCALE_ROWS - 1 || (row == 0 && halves));
-  int loads_left = unit < stripe_end ? (stripe_end - unit - 1) / kTeams + 1 : 0;
+  int loads_left = unit < stripe_end ? (stripe_end - unit - 1) / kWarps + 1 : 0;
   int load_tile, load_k;        // the stage to load next
   int rows_left;                // k16 rows from its first to the end of K
   const char *b_gmem, *a_gmem;  // where it lies
@@ -376,10 +354,10 @@ __global__ void __launch_bounds__(32 * kWarps, kPerSm) marlin_kernel(const __gri
     load_tile = __umulhi(unit, args.k_magic);
     load_k = unit - load_tile * args.k_stages;
     rows_left = args.k16_rows - load_k * STEPS;
-    const int n0 = load_tile * kFeatures + side * TILE_N;
+    const int n0 = load_tile * TILE_N;
     b_gmem = static_cast<const char*>(args.B) + static_cast<uint64_t>(load_k * STEPS) * args.b_row_bytes +
              (n0 * 8 + lane * 16);
-    a_gmem = static_cast<const char*>(args.A) + static_cast<uint64_t>(a_row) * args.a_row_bytes +
+    a_gmem = static_cast<const char*>(args.A) + static_cast<uint64_t>(row) * args.a_row_bytes +
              (load_k * STAGE_K + piece * 8) * 2;
     s_column = static_cast<const char*>(args.s) + (n0 + piece * 8) * 2;
   };
@@ -397,24 +375,25 @@ __global__ void __launch_bounds__(32 * kWarps, kPerSm) marlin_kernel(const __gri
   };
   auto load_activations = [&] {
     if constexpr (kMapsA) {
-      if (loads_left > 0 && side == 0 && lane == 0) {
+      if (loads_left > 0 && lane == 0) {
         barrier_expect(a_full + 8 * slot_wr, kTile.a_bytes());
         copy_box(a_ring + slot_wr * kTile.a_bytes(), args.a_map, load_k * STAGE_K, a_full + 8 * slot_wr);
       }
     } else if (loads_left > 0) {
+      const uint32_t to = a_wr + stage_wr;
       if (load_k < args.whole_stages) {
 #pragma unroll
-        for (int i = 0; i < kCopies; ++i) {
-          if (a_row + A_ROWS * i < args.tokens) {
-            cp_async16(a_copy(i), a_gmem + static_cast<uint64_t>(A_ROWS * i) * args.a_row_bytes);
+        for (int i = 0; i < (kTokens + 3) / 4; ++i) {
+          if (row + 4 * i < args.tokens) {
+            cp_async16((to ^ (i % 2 << 6)) + i * 512, a_gmem + static_cast<uint64_t>(4 * i) * args.a_row_bytes);
           }
         }
       } else {  // zeros behind the last column
         const int bytes = max(0, min(16, 2 * (args.k_a - load_k * STAGE_K - piece * 8)));
 #pragma unroll 1
-        for (int i = 0; a_row + A_ROWS * i < args.tokens; ++i) {
-          const char* const from = a_gmem + static_cast<uint64_t>(A_ROWS * i) * args.a_row_bytes;
-          cp_async16(a_copy(i), bytes > 0 ? from : static_cast<const char*>(args.A), bytes);
+        for (int i = 0; row + 4 * i < args.tokens; ++i) {
+          const char* const from = a_gmem + static_cast<uint64_t>(4 * i) * args.a_row_bytes;
+          cp_async16((to ^ (i % 2 << 6)) + i * 512, bytes > 0 ? from : static_cast<const char*>(args.A), bytes);
         }
       }
     }
@@ -425,46 +404,39 @@ __global__ void __launch_bounds__(32 * kWarps, kPerSm) marlin_kernel(const __gri
     slot_wr = slot_wr == kStages - 1 ? 0 : slot_wr + 1;
     --loads_left;
     b_gmem += args.b_step_bytes;
-    a_gmem += kTeams * STAGE_K * 2;
-    load_k += kTeams;
-    rows_left -= kTeams * STEPS;
+    a_gmem += kWarps * STAGE_K * 2;
+    load_k += kWarps;
+    rows_left -= kWarps * STEPS;
     if (load_k >= args.k_stages) aim_loads(load_tile * args.k_stages + load_k);
   };
 
   // ---- load fragments, dequantise, multiply --------------------------------------------------------------------------
-  constexpr int kBlocks = kTokens < 8 ? 1 : kTokens / 8;  // of tokens
-  constexpr bool kScalesSums = kTile.scales_sums();
-  // Steps whose operands are read from shared memory at once, as far as registers go.
-  constexpr int kAhead = kTokens <= 8 ? STEPS : 2, kWordsAhead = kTokens <= 16 ? kAhead : 1;
+  // Sums of a group are scaled, not its weights: 9 instructions a word instead of 13.
+  constexpr int kBlocks = (kTokens + 7) / 8;        // of tokens
+  constexpr int kAhead = kBlocks == 1 ? STEPS : 2;  // steps whose operands are read at once, as far as registers go
   float acc[4][kBlocks][4];  // (m16 blocks, n8 blocks, features g and g + 8 x tokens 2t and 2t + 1)
   uint32_t stage_rd = 0;
   int slot_rd = 0, parity = 0;
-  const uint32_t s_rd = made(b_wr - lane * 16 + kSOffset + lane / 4 * 16);
+  const uint32_t s_rd = made(ring + kSOffset + lane / 4 * 16);
   // ldmatrix: lane l points at row l % 8 of piece l / 8: two steps of k16. A single token is read eight times.
   const int a_rd_row = kTokens == 1 ? 0 : lane % 8;
   const uint32_t a_rd0 = (kMapsA ? a_ring : ring + kAOffset) + a_rd_row * 128;
-  const uint32_t a_rd[2] = {made(a_rd0 + ((lane / 8 ^ a_rd_row) << 4)), made(a_rd0 + (((lane / 8 + 4) ^ a_rd_row) << 4))};
+  const uint32_t a_rd[2] = {made(a_rd0 + ((lane / 8 ^ a_rd_row) << 4)),
+                            made(a_rd0 + (((lane / 8 + 4) ^ a_rd_row) << 4))};
 
   auto multiply_stage = [&] {
     cp_async_wait<kStages - 2>();
-    // ... for every lane of the team, and each has read the stage before: its place is free for new loads
-    if constexpr (kSide == 1) {
-      __syncwarp();
-    } else {
-      named_barrier(1 + team, 32 * kSide);
-    }
+    __syncwarp();  // ... for every lane, and every lane has read the stage before: its place is free for new loads
     const uint32_t at = stage_rd, a_at = kMapsA ? slot_rd * kTile.a_bytes() : stage_rd;
     if constexpr (kMapsA) {
       barrier_wait(a_full + 8 * slot_rd, parity);
       slot_rd = slot_rd == kStages - 1 ? 0 : slot_rd + 1;
       parity ^= slot_rd == 0;
     }
-    uint32_t words[kWordsAhead][4], right[kAhead][kBlocks][2], scales[SCALE_ROWS][4];
-    auto read_words = [&](int first) {
+    uint32_t words[kAhead][4], right[kAhead][kBlocks][2], scales[SCALE_ROWS][4];
+    auto read = [&](int first) {
 #pragma unroll
-      for (int i = 0; i < kWordsAhead; ++i) load_smem(words[i], b_wr + at + (first + i) * 512);
-    };
-    auto read_right = [&](int first) {
+      for (int i = 0; i < kAhead; ++i) load_smem(words[i], b_wr + at + (first + i) * 512);
 #pragma unroll
       for (int i = 0; i < kAhead; i += 2) {
 #pragma unroll
@@ -473,8 +445,7 @@ __global__ void __launch_bounds__(32 * kWarps, kPerSm) marlin_kernel(const __gri
         }
       }
     };
-    read_words(0);
-    read_right(0);
+    read(0);
     if (halves) load_smem(scales[0], s_rd + at);
     load_smem(scales[1], s_rd + at + S_BYTES / 2);
     stage_rd = stage_rd == kRingBytes - kStageBytes ? 0 : stage_rd + kStageBytes;
@@ -488,36 +459,37 @@ __global__ void __launch_bounds__(32 * kWarps, kPerSm) marlin_kernel(const __gri
       for (int i = 0; i < 4; ++i) {
         const float2 scale = __half22float2(as_half2(pairs[i]));
 #pragma unroll
-        for (int e = 0; e < 4 * kBlocks; ++e) acc[i][e / 4][e % 4] += sums[i][e / 4][e % 4] * (e % 4 < 2 ? scale.x : scale.y);
+        for (int j = 0; j < kBlocks; ++j) {
+#pragma unroll
+          for (int e = 0; e < 4; ++e) acc[i][j][e] += sums[i][j][e] * (e < 2 ? scale.x : scale.y);
+        }
       }
     };
 #pragma unroll
     for (int step = 0; step < STEPS; ++step) {
-      if (step > 0 && step % kWordsAhead == 0) read_words(step);
-      if (step > 0 && step % kAhead == 0) read_right(step);
-      if (step == STEPS / 2 && halves && kScalesSums) {
+      if (step == kAhead) read(kAhead);
+      if (step == STEPS / 2 && halves) {
         add_scaled(scales[0]);
 #pragma unroll
-        for (int i = 0; i < 16 * kBlocks; ++i) sums[i / 4 / kBlocks][i / 4 % kBlocks][i % 4] = 0;
-      }
-      if (!kScalesSums && step == 0 && !halves) {
+        for (int i = 0; i < 4; ++i) {
 #pragma unroll
-        for (int i = 0; i < 4; ++i) scales[0][i] = scales[1][i];
+          for (int v = 0; v < 4 * kBlocks; ++v) sums[i][v / 4][v % 4] = 0;
+        }
       }
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
         uint32_t left[4];
-        dequantise<!kScalesSums>(words[step % kWordsAhead][i], scales[step / (STEPS / 2)][i], left);
+        dequantise(words[step % kAhead][i], left);
 #pragma unroll
-        for (int j = 0; j < kBlocks; ++j) mma_m16n8k16(kScalesSums ? sums[i][j] : acc[i][j], left, right[step % kAhead][j]);
+        for (int j = 0; j < kBlocks; ++j) mma_m16n8k16(sums[i][j], left, right[step % kAhead][j]);
       }
     }
-    if (kScalesSums) add_scaled(scales[1]);
+    add_scaled(scales[1]);
   };
 
   // ---- finish a tile: sum over the warps, over the CTAs that share it, write --------------------------------------------
-  constexpr int kPatchTokens = kTile.patch_tokens(), kPatch = kPatchTokens * PATCH_PITCH;
-  constexpr int kPairs = kFeatures / 2, kPartPairs = kTokens * kPairs;  // of features, in a row and in all
+  constexpr int kPatch = kTokens * PATCH_PITCH;
+  constexpr int kPairs = TILE_N / 2, kPartPairs = kTokens * kPairs;  // of features, in a row and in all
   // A CTA shares at most two tiles with others: that of its first stage, and that of its last.
   auto part_of = [&](int owner, int first) { return args.parts + (2 * owner + (owner == first)) * kPartPairs; };
 
@@ -531,48 +503,20 @@ __global__ void __launch_bounds__(32 * kWarps, kPerSm) marlin_kernel(const __gri
     return make_float2(__uint_as_float(~words.x), __uint_as_float(~words.y));
   };
 
-  auto sum_of_warps = [&](int v) {
-    constexpr int kWarpPairs = TILE_N / 2;
-    const float* const patch_rd = patches + v % kPairs / kWarpPairs * kPatch + v / kPairs % kPatchTokens * PATCH_PITCH +
-                                  v % kWarpPairs * 2;
-    float2 sum = make_float2(0, 0);
-#pragma unroll
-    for (int t = 0; t < kTeams; ++t) {
-      const float2 part = *reinterpret_cast<const float2*>(patch_rd + t * (kSide * kPatch));
-      sum.x += part.x, sum.y += part.y;
-    }
-    return sum;
-  };
-  auto write_pair = [&](int tile, int v, float2 sum) {
-    const int n = tile * kFeatures + v % kPairs * 2;
-    if (n >= args.n_c) return;
-    const bool both = n + 1 < args.n_c;
-    if (!grouped) {
-      sum.x *= __half2float(static_cast<const half*>(args.s)[scale_of_channelwise(n)]);
-      sum.y *= __half2float(static_cast<const half*>(args.s)[scale_of_channelwise(n + 1)]);
-    }
-    if (args.bias != nullptr) {
-      sum.x += __half2float(args.bias[n]);
-      if (both) sum.y += __half2float(args.bias[n + 1]);
-    }
-    const half2 c = __floats2half2_rn(sum.x, sum.y);
-    half* const c_gmem = args.C + v / kPairs * args.n_c + n;
-    if (args.wide_c) {
-      *reinterpret_cast<half2*>(c_gmem) = c;
-    } else {
-      c_gmem[0] = __low2half(c);
-      if (both) c_gmem[1] = __high2half(c);
-    }
-  };
-
-  const int pairs_here = args.tokens * kPairs;
   // Adds up every step'th pair of sums from start on, over the warps and over the CTAs from first to last, which share the
   // tile, and writes them; a CTA that drew another ticket than the last one leaves its sums to that one.
-  auto write_tile = [&](int tile, int first, int last, int start, int end, int step) {
+  auto write_tile = [&](int tile, int first, int last, int start, int step) {
     const bool mine = ticket_smem == last - first;
 #pragma unroll 1
-    for (int v = start; v < min(end, pairs_here); v += step) {
-      float2 sum = sum_of_warps(v);
+    for (int v = start; v < args.tokens * kPairs; v += step) {
+      const int m = v / kPairs, n = tile * TILE_N + v % kPairs * 2;
+      const float* const patch_rd = patches + m * PATCH_PITCH + v % kPairs * 2;
+      float2 sum = make_float2(0, 0);
+#pragma unroll
+      for (int w = 0; w < kWarps; ++w) {
+        const float2 part = *reinterpret_cast<const float2*>(patch_rd + w * kPatch);
+        sum.x += part.x, sum.y += part.y;
+      }
       if (!mine) {
         store_relaxed(part_of(cta, first) + v, make_uint2(~__float_as_uint(sum.x), ~__float_as_uint(sum.y)));
         continue;
@@ -586,7 +530,24 @@ __global__ void __launch_bounds__(32 * kWarps, kPerSm) marlin_kernel(const __gri
           sum.x += part.x, sum.y += part.y;
         }
       }
-      write_pair(tile, v, sum);
+      if (n >= args.n_c) continue;
+      const bool both = n + 1 < args.n_c;
+      if (!grouped) {
+        sum.x *= __half2float(static_cast<const half*>(args.s)[scale_of_channelwise(n)]);
+        sum.y *= __half2float(static_cast<const half*>(args.s)[scale_of_channelwise(n + 1)]);
+      }
+      if (args.bias != nullptr) {
+        sum.x += __half2float(args.bias[n]);
+        if (both) sum.y += __half2float(args.bias[n + 1]);
+      }
+      const half2 c = __floats2half2_rn(sum.x, sum.y);
+      half* const c_gmem = args.C + m * args.n_c + n;
+      if (args.wide_c) {
+        *reinterpret_cast<half2*>(c_gmem) = c;
+      } else {
+        c_gmem[0] = __low2half(c);
+        if (both) c_gmem[1] = __high2half(c);
+      }
     }
   };
 
@@ -595,31 +556,30 @@ __global__ void __launch_bounds__(32 * kWarps, kPerSm) marlin_kernel(const __gri
   constexpr int kSummers = kTokens == 1 ? 1 : kWarps;
   int ends = 0;
   auto finish_tile = [&](int tile, int first, int last, int ticket) {
-    const bool last_tile = begin == stripe_end;
+    if (ends > 0) barrier_wait(patches_free, (ends - 1) % 2);
+    if (threadIdx.x == 0) ticket_smem = ticket;
+    float* const patch_wr = patches + warp * kPatch + lane % 4 * 2 * PATCH_PITCH + lane / 4;
 #pragma unroll
-    for (int m0 = 0; m0 < kTokens; m0 += kPatchTokens) {
-      if (ends > 0) barrier_wait(patches_free, (ends - 1) % 2);
-      if (threadIdx.x == 0) ticket_smem = ticket;
-      float* const patch_wr = patches + warp * kPatch + lane % 4 * 2 * PATCH_PITCH + lane / 4;
+    for (int i = 0; i < 4; ++i) {
 #pragma unroll
-      for (int i = 0; i < 4; ++i) {
+      for (int j = 0; j < kBlocks; ++j) {
 #pragma unroll
-        for (int e = 0; e < (kPatchTokens + 7) / 8 * 4; ++e) {
+        for (int e = 0; e < 4; ++e) {
           if (kTokens > 1 || (e % 2 == 0 && lane % 4 == 0)) {
-            patch_wr[(e / 4 * 8 + e % 2) * PATCH_PITCH + 16 * i + e % 4 / 2 * 8] = acc[i][m0 / 8 + e / 4][e % 4];
+            patch_wr[(8 * j + e % 2) * PATCH_PITCH + 16 * i + 8 * (e / 2)] = acc[i][j][e];
           }
         }
       }
-      barrier_arrive(patches_full);
-      if (last_tile || kSummers == kWarps || warp == ends % kWarps) {
-        const bool all = last_tile || kSummers == kWarps;
-        barrier_wait(patches_full, ends % 2);
-        write_tile(tile, first, last, m0 * kPairs + (all ? threadIdx.x : lane), (m0 + kPatchTokens) * kPairs,
-                   all ? kThreads : 32);
-        if (!last_tile || m0 + kPatchTokens < kTokens) barrier_arrive(patches_free);
-      }
-      ++ends;
     }
+    const bool last_tile = begin == stripe_end;
+    barrier_arrive(patches_full);
+    if (last_tile || kSummers == kWarps || warp == ends % kWarps) {
+      const bool all = last_tile || kSummers == kWarps;
+      barrier_wait(patches_full, ends % 2);
+      write_tile(tile, first, last, all ? threadIdx.x : lane, all ? kThreads : 32);
+      if (!last_tile) barrier_arrive(patches_free);
+    }
+    ++ends;
     if (threadIdx.x == 0 && first != last && ticket == last - first) args.counters[first] = 0;
   };
 
@@ -629,7 +589,7 @@ __global__ void __launch_bounds__(32 * kWarps, kPerSm) marlin_kernel(const __gri
   aim_loads(unit);
   load_weights();
   if constexpr (kMapsA) {
-    if (side == 0 && lane == 0) {
+    if (lane == 0) {
 #pragma unroll
       for (int i = 0; i < kStages; ++i) barrier_init(a_full + 8 * i, 1);
       asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
@@ -662,10 +622,13 @@ __global__ void __launch_bounds__(32 * kWarps, kPerSm) marlin_kernel(const __gri
     while (begin_of(first) > tile_begin) --first;
     while (begin_of(last + 1) < tile_end) ++last;
     begin = min(stripe_end, tile_end);
-    int rounds = (begin - unit + kTeams - 1) / kTeams;
-    unit += rounds * kTeams;
+    int rounds = (begin - unit + kWarps - 1) / kWarps;
+    unit += rounds * kWarps;
 #pragma unroll
-    for (int i = 0; i < 16 * kBlocks; ++i) acc[i / 4 / kBlocks][i / 4 % kBlocks][i % 4] = 0;
+    for (int i = 0; i < 4; ++i) {
+#pragma unroll
+      for (int v = 0; v < 4 * kBlocks; ++v) acc[i][v / 4][v % 4] = 0;
+    }
     // The ticket is drawn ahead of the end, so that the answer is there in time. Who draws the last one knows that all others
     // are running, and waits for their sums: nobody waits for a CTA that may not have started.
     int ticket = 0;
@@ -713,7 +676,7 @@ bool encode_a(CUtensorMap* map, const Problem& p, int tokens) {
 template <int kIdx>
 Status launch(const Args& args, int grid, bool overlap, cudaStream_t stream) {
   constexpr Tile kTile = kTiles[kIdx].tile;
-  const auto kernel = marlin_kernel<kTile.tokens, kTile.side, kTile.warps, kTile.stages, kTile.per_sm>;
+  const auto kernel = marlin_kernel<kTile.tokens, kTile.warps, kTile.stages, kTile.per_sm>;
   constexpr int kSmem = kTile.smem_bytes();
   if (cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kSmem) != cudaSuccess) {
     return Status::launch_failed;
@@ -746,8 +709,8 @@ Status run_sm90_few(const Problem& p, const Config& config, bool overlap, int32_
   if (status != Status::ok || p.M == 0) return status;
   if (config.tile_idx < 0 || config.tile_idx >= kNumTiles || config.grid < 1) return Status::no_config;
   const Tile& tile = kTiles[config.tile_idx].tile;
-  const int64_t stages = ceil_div(p.K, STAGE_K), tiles = p.N / tile.features(), total = stages * tiles;
-  if (!takes(p) || p.M > tile.tokens || p.N % tile.features() != 0) return Status::bad_shape;
+  const int64_t stages = ceil_div(p.K, STAGE_K), total = stages * ceil_div(p.N, TILE_N);
+  if (!takes(p) || p.M > tile.tokens) return Status::bad_shape;
 
   const int grid = static_cast<int>(total < config.grid ? total : config.grid);
   Args args{p.B, p.s, p.A};
@@ -762,7 +725,7 @@ Status run_sm90_few(const Problem& p, const Config& config, bool overlap, int32_
   args.a_row_bytes = static_cast<uint32_t>(2 * p.lda);
   args.tokens = static_cast<int>(p.M);
   args.whole_stages = static_cast<int>(p.K_A / STAGE_K);
-  args.b_step_bytes = args.b_row_bytes * STEPS * tile.teams();
+  args.b_step_bytes = args.b_row_bytes * STEPS * tile.warps;
   args.k_a = static_cast<int>(p.K_A);
   args.halves = p.group != p.K && p.group % STAGE_K != 0;
   args.wide_c = p.N_C % 2 == 0 && is_aligned(p.C, 4);
@@ -770,7 +733,7 @@ Status run_sm90_few(const Problem& p, const Config& config, bool overlap, int32_
   args.C = static_cast<half*>(p.C);
   args.n_c = p.N_C;
   args.parts = reinterpret_cast<uint2*>(locks);
-  args.counters = locks + int64_t{2} * grid * tile.features() * tile.tokens;
+  args.counters = locks + int64_t{2} * grid * TILE_N * tile.tokens;
   if (tile.maps_a() && !encode_a(&args.a_map, p, tile.tokens)) return Status::launch_failed;
   return launch_any(args, grid, overlap, config.tile_idx, static_cast<cudaStream_t>(stream),
                     std::make_integer_sequence<int, kNumTiles>());

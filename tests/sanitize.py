@@ -57,7 +57,7 @@ def main() -> int:
     # Tails of K and N, and a bias.
     weight = random_weight(256, 192, 32)
     for backend in (*backends, "auto"):
-        for M in (1, 7) if backend == "sm90_few" else (1, 7, 33, 130):
+        for M in (1, 7, 13) if backend == "sm90_few" else (1, 7, 33, 130):
             x = random_A(M, 250)
             bias = random_A(1, 150)[0]
             with forced(backend):
