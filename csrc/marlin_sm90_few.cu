@@ -65,7 +65,7 @@ constexpr TileCost kTiles[] = {
     {{8, 16, 3, 1}, 0.0570f, 0.85f, 0.33f, 0.95f},
     {{8, 8, 3, 2}, 0.0167f, 1.04f, 0.00f, 4.18f},
     // 16
-    {{16, 12, 3, 1}, 0.0805f, 1.15f, 0.41f, 0.45f},
+    {{16, 12, 3, 1}, 0.0805f, 1.25f, 0.41f, 0.45f},
 };
 constexpr int kNumTiles = sizeof(kTiles) / sizeof(kTiles[0]);
 
@@ -594,6 +594,7 @@ __global__ void __launch_bounds__(32 * kWarps, kPerSm) marlin_kernel(const __gri
       for (int i = 0; i < kStages; ++i) barrier_init(a_full + 8 * i, 1);
       asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
     }
+    __syncwarp();
   }
   wait_for_previous_kernel();
 #pragma unroll 1

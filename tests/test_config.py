@@ -193,7 +193,7 @@ def test_few_tokens_have_a_config_and_always_the_same(M, chunks, groups, group, 
 @pytest.mark.parametrize(
     ("M", "N", "K", "device", "group"),
     [
-        (9, 4096, 4096, HOPPER, -1),  # too many tokens
+        (17, 4096, 4096, HOPPER, -1),  # too many tokens
         (1, 4096, 4096, DEVICES["A100"], -1),
         (1, 4096, 4096, (90, 132, 49152), -1),  # too little shared memory
         (1, 4096, 64, HOPPER, -1),  # a single stage: no number to divide by
