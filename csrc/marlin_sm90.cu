@@ -80,6 +80,10 @@ struct Tile {
   MARLIN_HD constexpr int consumer_registers() const {
     return (launch_registers() * (consumers() / 128 + 1) - producer_registers()) / (consumers() / 128) / 8 * 8;
   }
+  // Of the vectors of a partial: as many as there are registers for.
+  MARLIN_HD constexpr int partials_at_once() const {
+    return (moves_registers() ? consumer_registers() : launch_registers()) - accumulators() < 73 ? 2 : 4;
+  }
   MARLIN_HD constexpr int smem_bytes() const {
     return 1024 + stages() * stage_bytes() + scratch_bytes() + inbox_bytes();
   }
@@ -94,27 +98,30 @@ struct TileCost {
 
 constexpr TileCost kTiles[] = {
     // 16 tokens
-    {{4, 16, 1, 3, 1, 8}, 0.7107f, 0.68f, 0.81f, 2.30f},
-    {{1, 16, 1, 4, 2, 8}, 0.3394f, 1.67f, 0.77f, 0.00f},
-    {{2, 16, 1, 3, 2, 8}, 0.4756f, 0.47f, 1.00f, 1.69f},
+    {{4, 16, 1, 3, 1, 8}, 0.6804f, 0.42f, 0.89f, 3.27f},
+    {{1, 16, 1, 4, 2, 8}, 0.3595f, 1.44f, 0.83f, 0.00f},
+    {{2, 16, 1, 3, 2, 8}, 0.4827f, 0.53f, 1.11f, 1.38f},
     // 32
-    {{4, 32, 1, 2, 1, 8}, 0.7258f, 0.00f, 1.06f, 4.89f},
-    {{1, 32, 1, 4, 2, 8}, 0.2587f, 2.13f, 0.69f, 2.28f},
-    {{2, 32, 1, 3, 2, 8}, 0.3535f, 1.62f, 0.96f, 2.72f},
+    {{4, 32, 1, 2, 1, 8}, 0.7566f, 0.89f, 0.56f, 4.99f},
+    {{1, 32, 1, 4, 2, 8}, 0.2778f, 1.93f, 0.61f, 1.25f},
+    {{2, 32, 1, 3, 2, 8}, 0.4447f, 1.62f, 0.87f, 1.67f},
     // 48
-    {{2, 48, 1, 3, 2, 8}, 0.3869f, 2.11f, 0.93f, 2.69f},
-    {{4, 48, 1, 2, 1, 8}, 0.8019f, 0.64f, 0.91f, 4.40f},
+    {{2, 48, 1, 3, 2, 8}, 0.4347f, 1.80f, 0.87f, 1.80f},
+    {{4, 48, 1, 2, 1, 8}, 0.7966f, 0.72f, 1.18f, 2.70f},
     // 64
-    {{2, 64, 1, 2, 2, 8}, 0.5320f, 2.39f, 0.87f, 1.42f},
-    {{4, 64, 1, 2, 1, 8}, 1.0236f, 1.05f, 1.62f, 0.21f},
-    {{1, 64, 1, 4, 2, 8}, 0.2910f, 2.76f, 0.69f, 1.61f},
+    {{2, 64, 1, 2, 2, 8}, 0.5211f, 2.42f, 0.74f, 0.57f},
+    {{4, 64, 1, 2, 1, 8}, 0.9898f, 0.20f, 1.82f, 0.00f},
+    {{1, 64, 1, 4, 2, 8}, 0.3053f, 2.70f, 0.53f, 0.94f},
     // 96
-    {{2, 96, 1, 2, 2, 8}, 0.6900f, 2.60f, 1.10f, 0.79f},
-    {{2, 96, 2, 1, 1, 8}, 1.3310f, 0.00f, 2.20f, 0.00f},
+    {{2, 96, 1, 2, 2, 8}, 0.6852f, 2.80f, 1.21f, 0.01f},
+    {{2, 96, 2, 1, 1, 8}, 1.3011f, 0.00f, 3.46f, 0.00f},
     // 128
-    {{2, 128, 1, 2, 2, 8}, 0.8209f, 3.00f, 1.45f, 0.15f},
-    {{2, 128, 2, 1, 1, 8}, 1.6492f, 0.00f, 3.86f, 0.00f},
-    {{2, 128, 1, 2, 1, 8}, 0.8626f, 0.52f, 2.20f, 0.00f},
+    {{2, 128, 1, 2, 2, 8}, 0.8066f, 2.88f, 1.29f, 0.00f},
+    {{2, 128, 2, 1, 1, 8}, 1.6153f, 0.00f, 3.88f, 0.00f},
+    {{2, 128, 1, 2, 1, 8}, 0.8382f, 0.23f, 1.96f, 0.00f},
+    {{1, 128, 3, 1, 1, 8}, 1.2604f, 0.00f, 2.38f, 0.00f},
+    {{1, 128, 3, 1, 2, 8}, 1.3709f, 0.48f, 2.29f, 0.00f},
+    {{1, 128, 4, 1, 1, 8}, 1.6489f, 0.00f, 2.75f, 0.00f},
 };
 constexpr int kNumTiles = sizeof(kTiles) / sizeof(kTiles[0]);
 
@@ -595,7 +602,11 @@ __global__ void __launch_bounds__(128 * (kGroups * kTeams + 1), 1) marlin_kernel
       for (int e = 0; e < kTokens / 2; ++e) acc[i][e] += sums[i][e] * (e % 4 < 2 ? scale.x : scale.y);
     }
   };
-  auto ends_group = [&](int step) { return (step + 1) * TILE_K % (1 << args.group_shift) == 0; };
+  // Whether the rows up to this step's are the end of a group, or of the stage.
+  const bool of_32 = args.group_shift <= 5, of_64 = args.group_shift <= 6;
+  auto ends_group = [&](int step) {
+    return (step + 1) % kSteps == 0 || (step % 4 == 3 && of_64) || (step % 2 == 1 && of_32);
+  };
   auto release_before = [&](int at) {  // the stage that this team read before
     if (lane == 0) barrier_arrive(empty + 8 * (at < kTeams ? at - kTeams + kStages : at - kTeams));
   };
@@ -802,7 +813,7 @@ __global__ void __launch_bounds__(128 * (kGroups * kTeams + 1), 1) marlin_kernel
         if constexpr (kScalesSums) {  // the group before is complete: always at a stage's begin, sometimes within
           if (step == 0) {
             add_scaled();
-          } else if (step % 2 == 0 && ends_group(step - 1)) {
+          } else if (ends_group(step - 1)) {
             add_scaled();
             zero(sums);
           }
@@ -820,14 +831,19 @@ __global__ void __launch_bounds__(128 * (kGroups * kTeams + 1), 1) marlin_kernel
           }
         }
         wgmma_commit();
-        if (kScalesSums && step % 2 == 1 && (step + 1 == kSteps || ends_group(step))) load_scales(stage, step / 2);
+        if (kScalesSums && ends_group(step)) load_scales(stage, step / 2);
         if (step + 2 < kSteps) {
           load_words(stage, step + 2);
-          if (!kScalesSums && step % 2 == 1) load_scales(stage, (step + 1) / 2);
         } else if (behind + kTeams < count) {
           if (step + 2 == kSteps) barrier_wait(full + 8 * next_stage, next_parity);
           load_words(next_stage, step + 2 - kSteps);
-          if (!kScalesSums && step + 1 == kSteps) load_scales(next_stage, 0);
+        }
+        if (!kScalesSums && ends_group(step)) {
+          if (step + 1 < kSteps) {
+            load_scales(stage, (step + 1) / 2);
+          } else if (behind + kTeams < count) {
+            load_scales(next_stage, 0);
+          }
         }
         wgmma_wait<1>();
         if (step == 0 && behind != first_stage) release_before(stage);
@@ -872,7 +888,8 @@ __global__ void __launch_bounds__(128 * (kGroups * kTeams + 1), 1) marlin_kernel
       }
       named_barrier(1, kConsumers);
       // In the order of the clusters: what lies before this one, its own sums, what lies behind.
-      constexpr int kVectors = kTile.vectors(), kBatch = kVectors < 4 ? kVectors : 4;
+      constexpr int kVectors = kTile.vectors(), kMost = kTile.partials_at_once();
+      constexpr int kBatch = kVectors < kMost ? kVectors : kMost;
       constexpr int kOwners = kTile.accumulators() < 64 ? 3 : 1;  // at once: a load takes most of a microsecond
 #pragma unroll
       for (int base = 0; base < kVectors; base += kBatch) {

@@ -168,7 +168,7 @@ def choose_few(M, N, K, device=HOPPER, group=-1, **hints):
 
 @settings(max_examples=300, deadline=None)
 @given(
-    M=st.integers(1, 8),
+    M=st.integers(1, 16),
     chunks=st.integers(1, 1000),
     groups=st.integers(1, 200),
     group=st.sampled_from([-1, 32, 64, 96, 128, 256]),
