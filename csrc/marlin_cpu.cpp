@@ -80,9 +80,8 @@ struct Kernels {
   // a chain of 128 sums and one of K / 128 lose less than one of K (at K = 4096 a third of the error).
   void (*multiply[kMaxTile])(const float* A, const float* W, int num_k, float* sums);  // (tokens - 1)
   // Both in one for few tokens: the weights live in registers only, a group's sums are scaled instead of its weights.
-  // With zero points, sum a (q - z) = sum a (q - 8) + (8 - z) sum a: A_sums (tokens, kMaxRuns) has minus the sums of A over
-  // each run of rows of one group in the block. A subtraction for each weight instead takes 1.22 x the time at M = 1.
-  // (has zero points, tokens - 1)
+  // With zero points, sum a (q - z) = sum a (q - 8) - (z - 8) sum a: A_sums (tokens, kMaxRuns) has -sum a of each run of
+  // rows of one group. A subtraction for each weight takes 1.22 x the time at M = 1. (has zero points, tokens - 1)
   void (*direct[2][kMaxTile])(const Panel& panel, const float* A, const float* A_sums, float* sums);
 };
 
@@ -159,7 +158,7 @@ inline void fetch(const void* begin) {
   for (int line = 0; line < kLines; ++line) __builtin_prefetch(static_cast<const char*>(begin) + 64 * line);
 }
 
-// Scales or zero points of 64 features, by upper: it is the upper half of each pair, as words of little-endian machines.
+// Scales or zero points of 64 features, by upper: it is the upper half of each pair (of a little-endian machine).
 // Begins to load those of the next panel: rows of them are too far apart for the processor to foresee.
 void scales_portable(const uint16_t* s, DType dtype, float scale[2][TILE_N / 2]) {
   constexpr int kLanes = TILE_N / 2;
@@ -215,14 +214,14 @@ void multiply_portable(const float* A, const float* W, int num_k, float* sums) {
   }
 }
 
-constexpr Kernels kPortable = {TILE_N,
-                               4,
-                               0,
-                               load_row_portable,
-                               store_row_portable,
-                               {unpack_portable<false>, unpack_portable<true>},
-                               {multiply_portable<1>, multiply_portable<2>, multiply_portable<3>, multiply_portable<4>},
-                               {}};
+constexpr Kernels kPortable = {
+    TILE_N,
+    4,
+    0,
+    load_row_portable,
+    store_row_portable,
+    {unpack_portable<false>, unpack_portable<true>},
+    {multiply_portable<1>, multiply_portable<2>, multiply_portable<3>, multiply_portable<4>}};
 
 // ---------------------------------------------------------------------------------------------------------------------
 // AVX2, FMA, F16C
@@ -260,10 +259,9 @@ MARLIN_AVX2_INLINE __m256i words_avx2(const int32_t* words, int t) {
   return _mm256_inserti128_si256(_mm256_castsi128_si256(_mm_loadu_si128(quads + t)), _mm_loadu_si128(quads + 4 + t), 1);
 }
 
-// Nibble i of each word, as FP32 q - 8. In place: under the exponent of 2^(23 - 4i) bits 4i ..
-// 4i+3 of the mantissa count ones, so that `magic | nibble` is 2^(23 - 4i) + q. Two logical operations and a subtraction
-// run on three ports, where a shift and a conversion would crowd two. The mantissa has 23 bits: nibbles 5..7 come from the
-// word shifted by 12.
+// Nibble i of each word, as FP32 q - 8. Under the exponent of 2^(23 - 4i) bits 4i .. 4i+3 of the mantissa count ones, so
+// that `magic | nibble` is 2^(23 - 4i) + q. Two logical operations and a subtraction run on three ports, a shift and a
+// conversion would crowd two. The mantissa has 23 bits: nibbles 5..7 come from the word shifted by 12.
 MARLIN_AVX2_INLINE __m256 nibble_avx2(__m256i w, __m256i w12, int i) {
   const int place = i < 5 ? i : i - 3;
   const __m256i mask = _mm256_set1_epi32(15 << 4 * place);
@@ -340,8 +338,7 @@ MARLIN_AVX2 void direct_avx2(const Panel& panel, const float* A, const float* A_
   for (int k16 = 0, run = 0; k16 < panel.num_k16; ++run) {
     const int k16_end = std::min(panel.num_k16, k16 + left);
     __m256 acc[kTokens][2][kChains] = {}, scale[2], zero[2];  // (tokens, upper, chains), (upper)
-    // The zero points' share comes first where the loop has few tokens: with 3 (groups of 16) 1.10 x the plain time, else
-    // 1.16; with 4 it comes last: 1.09, else 1.22.
+    // Zero points first or last, groups of 16: 1.10 or 1.16 x the plain time with 3 tokens, 1.22 or 1.09 with 4.
     if (kZeros && kTokens < 4) {
       scales_avx2(panel.z + s_idx, panel.s_dtype, ZERO_POINT, zero);
 #pragma GCC unroll 16
@@ -373,14 +370,14 @@ MARLIN_AVX2 void direct_avx2(const Panel& panel, const float* A, const float* A_
       }
     }
     scales_avx2(panel.s + s_idx, panel.s_dtype, 0, scale);
-    if (kZeros && kTokens >= 4) scales_avx2(panel.z + s_idx, panel.s_dtype, ZERO_POINT, zero);
+    if (kZeros && kTokens > 3) scales_avx2(panel.z + s_idx, panel.s_dtype, ZERO_POINT, zero);
 #pragma GCC unroll 16
     for (int i = 0; i < 2 * kTokens; ++i) {
       const int m = i / 2, upper = i % 2;
       float* sum = sums + i * kLanesAvx2;
       __m256 acc_all = acc[m][upper][0];
       if (kChains == 2) acc_all = _mm256_add_ps(acc_all, acc[m][upper][kChains - 1]);
-      if (kZeros && kTokens >= 4)
+      if (kZeros && kTokens > 3)
         acc_all = _mm256_fmadd_ps(_mm256_set1_ps(A_sums[m * kMaxRuns + run]), zero[upper], acc_all);
       _mm256_storeu_ps(sum, _mm256_fmadd_ps(acc_all, scale[upper], _mm256_loadu_ps(sum)));
     }
@@ -563,8 +560,7 @@ constexpr Kernels kAvx512 = kernels_avx512(std::make_index_sequence<kMaxTile>(),
 
 const Kernels& kernels_of([[maybe_unused]] Isa isa) {
 #if MARLIN_X86
-  if (isa == Isa::avx512) return kAvx512;
-  if (isa == Isa::avx2) return kAvx2;
+  if (isa != Isa::portable) return isa == Isa::avx512 ? kAvx512 : kAvx2;
 #endif
   return kPortable;
 }
@@ -596,8 +592,7 @@ struct Scratch {
     if (total > capacity) memory.reset(), memory.reset(new float[total]), capacity = total;
     float* next = memory.get() + (64 - reinterpret_cast<uintptr_t>(memory.get()) % 64) % 64 / sizeof(float);
     for (int i = 0; i < 5; ++i) *parts[i] = next, next += (sizes[i] + 15) / 16 * 16;
-    s = reinterpret_cast<uint16_t*>(next);
-    z = s + features;
+    s = reinterpret_cast<uint16_t*>(next), z = s + features;
   }
 };
 
@@ -647,17 +642,15 @@ struct Walk {
         if (left == 0) *++sum = 0.0f, left = panel.group_k16;
         const float* a = A + m * kBlockK + k16 * TILE_K;
         float part[4] = {};  // four chains of additions instead of one
-        int far = 0;
+        bool far = false;
         for (int i = 0; i < TILE_K; ++i) part[i % 4] += a[i], far |= !(std::abs(a[i]) < 0x1p100f);
-        *sum -= (part[0] + part[1]) + (part[2] + part[3]);
-        extreme |= static_cast<unsigned>(far) << m;
+        *sum -= (part[0] + part[1]) + (part[2] + part[3]), extreme |= unsigned{far} << m;
       }
     }
     return extreme;
   }
 
-  // The features [n_begin, n_end), both ends on chunks. If A_held, scratch.A has all of A already. Returns what sum_runs
-  // does.
+  // The features [n_begin, n_end), both on chunks. If A_held, scratch.A has all of A. Returns what sum_runs does.
   unsigned run_slice(const Scratch& scratch, bool A_held, int64_t n_begin, int64_t n_end) const {
     const int64_t features = n_end - n_begin;
     const int64_t max_tokens = direct ? tokens() : kernels.max_tokens;
