@@ -14,8 +14,15 @@ TILE_K = 16  # rows of the weight in one row of B
 TILE_N = 64  # features in one chunk
 ZERO_POINT = 8  # the stored value that means 0
 
+# On a CPU, see at_a_time:
 _CHUNK_ROWS = 32  # rows of B packed at a time: temporaries of some 5 MB per 8192 features
 _CHUNK_VALUES = 1 << 20  # values packed at a time where features are adjacent: stays in cache
+_ON_GPU = 16  # times as many at a time there: a launch costs microseconds, a cache miss little
+
+
+def at_a_time(count: int, device: torch.device) -> int:
+    """Return how many elements to take at a time where a CPU's caches want `count` of them."""
+    return count if device.type == "cpu" else _ON_GPU * count
 
 
 def nibble_index(K: int, N: int, device: torch.device | str | None = None) -> tuple[Tensor, Tensor]:
@@ -86,16 +93,17 @@ def pack_weights(q: Tensor) -> Tensor:
     K, N = q.shape
     B = torch.empty(K // TILE_K, 2 * N, dtype=torch.int32, device=q.device)
     if q.stride(0) == 1:  # a feature's values are adjacent, as in a linear's weight
-        features = max(TILE_N, _CHUNK_VALUES // K // TILE_N * TILE_N)
+        features = max(TILE_N, at_a_time(_CHUNK_VALUES, q.device) // K // TILE_N * TILE_N)
         for n in range(0, N, features):
             part = q[:, n : n + features].t()
             words = torch.empty(K // TILE_K, 2 * part.shape[0], dtype=torch.int32, device=q.device)
             _pack_features(part, words)
             B[:, 2 * n : 2 * (n + part.shape[0])] = words
     else:
-        for row in range(0, K // TILE_K, _CHUNK_ROWS):
-            rows = q[TILE_K * row : TILE_K * (row + _CHUNK_ROWS)]
-            _pack_rows(rows, B[row : row + _CHUNK_ROWS])
+        num_rows = at_a_time(_CHUNK_ROWS, q.device)
+        for row in range(0, K // TILE_K, num_rows):
+            rows = q[TILE_K * row : TILE_K * (row + num_rows)]
+            _pack_rows(rows, B[row : row + num_rows])
     return B
 
 
@@ -176,8 +184,9 @@ def unpack_weights(B: Tensor) -> Tensor:
         )
     N = B.shape[1] // 2
     q = torch.empty(B.shape[0] * TILE_K, N, dtype=torch.uint8, device=B.device)
-    for row in range(0, B.shape[0], _CHUNK_ROWS):
-        word = B[row : row + _CHUNK_ROWS].reshape(-1, N // TILE_N, 8, 4, 4)  # (.., chunks, g, t, j)
+    num_rows = at_a_time(_CHUNK_ROWS, B.device)
+    for row in range(0, B.shape[0], num_rows):
+        word = B[row : row + num_rows].reshape(-1, N // TILE_N, 8, 4, 4)  # (.., chunks, g, t, j)
         word = (
             word.permute(0, 3, 1, 4, 2).contiguous().view(-1, 4, N // 16, 8)
         )  # (.., t, n / 16, g)
@@ -186,7 +195,7 @@ def unpack_weights(B: Tensor) -> Tensor:
             for upper in range(2):
                 low[:, :, odd, :, upper] = (word >> (16 * odd + 8 * upper)).to(torch.uint8)
         low = low.view(-1, 4, 2, N)
-        out = q[TILE_K * row : TILE_K * (row + _CHUNK_ROWS)].view(-1, 2, 4, 2, N)
+        out = q[TILE_K * row : TILE_K * (row + num_rows)].view(-1, 2, 4, 2, N)
         torch.bitwise_and(low, 15, out=out[:, 0])
         torch.bitwise_right_shift(low, 4, out=out[:, 1])
     return q

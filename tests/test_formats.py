@@ -6,6 +6,7 @@ from __future__ import annotations
 import hashlib
 import json
 import pathlib
+from typing import Any
 
 import formats
 import numpy as np
@@ -13,7 +14,9 @@ import pytest
 import safetensors
 import safetensors.torch
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
+import marlin
 from marlin import checkpoint
 from marlin.checkpoint import awq, compressed_tensors, gptq
 from marlin.checkpoint import marlin as marlin_format
@@ -211,3 +214,54 @@ def test_dense_weights_are_those_that_the_writing_library_computes(name: str) ->
         dtype = torch.bfloat16 if name == "ct-asym" else torch.float16
         dense = read.record(layer).dense().to(dtype).half().contiguous() + 0.0
         assert hashlib.sha256(dense.numpy().tobytes()).hexdigest() == expected, layer
+
+
+@pytest.mark.parametrize("name", MADE)
+def test_each_tensor_goes_where_its_layer_is_to_be(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    device = torch.device("cpu", 0)  # another name of the default, which tells the two apart
+    asked: dict[str, Any] = {}
+    read = Shards.read
+
+    def watched(self: Shards, key: str, where: torch.device | str = "cpu") -> torch.Tensor:
+        asked[key] = where
+        return read(self, key, where)
+
+    monkeypatch.setattr(Shards, "read", watched)
+    opened = checkpoint.open_checkpoint(FIXTURES / name)
+    for linear in opened.linears:
+        opened.layer(linear, device)
+    elsewhere = {key.rpartition(".")[2] for key, where in asked.items() if where is not device}
+    assert len(asked) > len(opened.linears) and elsewhere <= {"weight_shape"}
+
+
+class OnTheCPU(TorchDispatchMode):
+    """Collects the operations with a result on the CPU that is not tiny."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: set[str] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if isinstance(result, torch.Tensor) and result.device.type == "cpu" and result.numel() > 64:
+            self.names.add(func._schema.name)
+        return result
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", MADE)
+def test_a_gpu_repacks_to_the_bytes_of_the_cpu_and_without_it(name: str) -> None:
+    opened = checkpoint.open_checkpoint(FIXTURES / name)
+    for linear in opened.linears:
+        there = opened.layer(linear)
+        options = (there.s.dtype, there.z is not None, there.perm is not None)
+        group = -1 if there.groupsize == there.k else there.groupsize
+        if not marlin.can_run(there.k, there.n, group, *options, device="cuda"):
+            pytest.skip(f"no kernel runs the layers of {name} on this GPU")
+        with OnTheCPU() as seen:
+            here = opened.layer(linear, "cuda")
+        assert seen.names <= {"aten::empty", "aten::view", "aten::detach"}  # the bytes of a file
+        for key, value in there.state_dict().items():
+            assert torch.equal(here.state_dict()[key].cpu(), value), key

@@ -97,6 +97,18 @@ def test_columns_in_the_order_of_groups_are_sorted_and_stable(k, group, seed):
         assert torch.equal(members, members.sort().values)
 
 
+@pytest.mark.parametrize("count", [1, 1 << 30])
+def test_bytes_do_not_depend_on_how_many_are_packed_at_a_time(count, monkeypatch):
+    q = torch.randint(
+        0, 16, (1040, 1088), dtype=torch.uint8
+    )  # three chunks of a CPU, the last short
+    B = layout.pack_weights(q)
+    monkeypatch.setattr(layout, "at_a_time", lambda usual, device: count)
+    assert torch.equal(layout.pack_weights(q), B)
+    assert torch.equal(layout.pack_weights(q.t().contiguous().t()), B)
+    assert torch.equal(layout.unpack_weights(B), q)
+
+
 @pytest.mark.gpu
 def test_packing_on_a_gpu_gives_the_same_bytes():
     q = torch.randint(0, 16, (272, 832), dtype=torch.uint8)

@@ -14,6 +14,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..layout import at_a_time
 from .config import Scheme, Spec
 from .errors import CheckpointError
 from .files import Shards
@@ -30,7 +31,7 @@ from .record import (
 
 MARK = "qweight"
 ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
-_CHUNK_WORDS = 1 << 16
+_CHUNK_WORDS = 1 << 16  # on a CPU
 
 
 def expected(name: str, k: int, n: int, spec: Spec) -> Expected:
@@ -57,7 +58,7 @@ def _unpack(words: Tensor) -> Tensor:
     # Even features are the lower four nibbles, odd ones the upper four: move each four apart, to
     # every second byte of 64 bits, and put one between the others; a few rows at a time, in cache.
     out = torch.empty(words.shape, dtype=torch.int64, device=words.device)
-    num_rows = max(1, _CHUNK_WORDS // max(1, words.shape[1]))
+    num_rows = max(1, at_a_time(_CHUNK_WORDS, words.device) // max(1, words.shape[1]))
     for row in range(0, words.shape[0], num_rows):
         even = out[row : row + num_rows].copy_(words[row : row + num_rows])
         odd = (even >> 16).bitwise_and_(0xFFFF)
