@@ -293,7 +293,7 @@ const Device& device_info(int index) {
 // that is captured into a graph may be replayed at any time and on any stream, so it must not share with eager launches
 // either: each (stream, capture) has a set of its own, two streams forked inside one capture have two. The sets are cut from
 // blocks of CUDA's own allocator, zeroed once and never given back, since nobody tells when the last replay is over: 1 KB
-// for each capture, up to 1 MB if a product of at most 8 tokens is in it. Torch's allocator would not do: under capture it
+// for each capture, about 1 MB if a product of at most 16 tokens is in it. Torch's allocator would not do: under capture it
 // serves from the graph's private pool, where torch.compile's graphs tolerate nothing that outlives the call, and a set
 // zeroed in each call costs a launch.
 class LockPool {

@@ -129,7 +129,7 @@ Config choose_config_sm90(const Problem& p, const Device& device, const Hints& h
 // dependent launch): it reads weights and scales then, and all else when that one has finished.
 Status run_sm90(const Problem& p, const Config& config, bool overlap, int32_t* locks, float* partials, void* stream);
 
-// Hopper, at most 8 tokens. FP16. The same; locks are counters and words of sums, all zero before and after.
+// Hopper, at most 16 tokens. FP16. The same; locks are counters and words of sums, all zero before and after.
 Config choose_config_sm90_few(const Problem& p, const Device& device, const Hints& hints);
 Status run_sm90_few(const Problem& p, const Config& config, bool overlap, int32_t* locks, void* stream);
 

@@ -1,4 +1,4 @@
-// marlin_sm90_few.cu: C = A @ dequant(B) on Hopper for at most 8 tokens, where only the time to read B counts. FP16.
+// marlin_sm90_few.cu: C = A @ dequant(B) on Hopper for at most 16 tokens, where the time to read B counts most. FP16.
 //
 // Depends on marlin.h and layout.h; bindings.cpp calls choose_config_sm90_few and run_sm90_few. A plain C++ compiler sees
 // only the host part that needs no CUDA (choose_config_sm90_few), so that its tests run anywhere.
