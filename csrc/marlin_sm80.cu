@@ -28,7 +28,7 @@ constexpr int SCALE_K = 32;                    // rows that certainly share a sc
 constexpr int SCALE_ROWS = STAGE_K / SCALE_K;  // rows of scales in a stage
 
 struct Tile {
-  int blocks_n;  // m16 feature blocks of a warp: 4, or 2 for half a chunk
+  int blocks_n;  // m16 feature blocks of a warp: 4, 2 for half a chunk, or 3 for three quarters, which may lie in two
   int blocks_m;  // n8 token blocks of a warp: 1 or an even number
   int warps_n;   // warps of a team along the features
   int warps_m;   // along the tokens
@@ -36,10 +36,11 @@ struct Tile {
   int stages;  // in each team's ring
 
   MARLIN_HD constexpr int features() const { return 16 * blocks_n * warps_n; }
+  MARLIN_HD constexpr int span() const { return (features() + 63) / 64 * 64; }  // of the whole chunks that a tile lies in
   MARLIN_HD constexpr int tokens() const { return 8 * blocks_m * warps_m; }
   MARLIN_HD constexpr int warps() const { return warps_n * warps_m * teams; }
-  MARLIN_HD constexpr int b_bytes() const { return features() * STAGE_K / 2; }
-  MARLIN_HD constexpr int s_bytes() const { return features() * SCALE_ROWS * 2; }
+  MARLIN_HD constexpr int b_bytes() const { return span() * STAGE_K / 2; }
+  MARLIN_HD constexpr int s_bytes() const { return span() * SCALE_ROWS * 2; }
   MARLIN_HD constexpr int a_bytes() const { return tokens() * STAGE_K * 2; }
   MARLIN_HD constexpr int stage_bytes() const { return b_bytes() + a_bytes() + s_bytes(); }
   MARLIN_HD constexpr int patch_pitch() const { return 16 * blocks_n + 4; }  // + 4 spreads four tokens over all banks
@@ -207,6 +208,10 @@ __device__ inline void load_smem(uint32_t (&v)[2], uint32_t smem) {
   asm volatile("ld.shared.v2.u32 {%0, %1}, [%2];" : "=r"(v[0]), "=r"(v[1]) : "r"(smem) : "memory");
 }
 
+__device__ inline void load_smem(uint32_t& v, uint32_t smem) {
+  asm volatile("ld.shared.u32 %0, [%1];" : "=r"(v) : "r"(smem) : "memory");
+}
+
 __device__ inline void store_smem16(uint32_t smem, uint32_t word) {
   asm volatile("st.shared.v4.u32 [%0], {%1, %1, %1, %1};" ::"r"(smem), "r"(word) : "memory");
 }
@@ -309,7 +314,7 @@ struct Args {
 template <int kBlocksN, int kBlocksM, int kWarpsN, int kWarpsM, int kTeams, int kStages>
 __global__ void __launch_bounds__(32 * kWarpsN * kWarpsM * kTeams, 1) marlin_kernel(const Args args) {
   constexpr Tile kTile{kBlocksN, kBlocksM, kWarpsN, kWarpsM, kTeams, kStages};
-  constexpr int kFeatures = kTile.features(), kTokens = kTile.tokens();
+  constexpr int kFeatures = kTile.features(), kSpan = kTile.span(), kTokens = kTile.tokens();
   constexpr int kTeamWarps = kWarpsN * kWarpsM, kTeamThreads = 32 * kTeamWarps, kThreads = kTeamThreads * kTeams;
   constexpr bool kFew = kBlocksM <= 2;  // tokens: another inner loop
   static_assert(!kFew || (kBlocksN == 4 && kWarpsM == 1), "the loop for few tokens knows whole chunks only");
@@ -337,7 +342,7 @@ __global__ void __launch_bounds__(32 * kWarpsN * kWarpsM * kTeams, 1) marlin_ker
   // ---- issue next loads: a cursor that runs ahead of the products, over the borders of tiles -------------------------
   // In a stage, a thread copies every (kTeamThreads / kPiecesB)-th k16 row of one column of 16-byte pieces of B, the same
   // of A, and at most one piece of s, so that only three pointers move from stage to stage.
-  constexpr int kPiecesB = kFeatures / 2, kPiecesA = STAGE_K / 8, kPiecesS = kFeatures / 8;  // in a row
+  constexpr int kPiecesB = kSpan / 2, kPiecesA = STAGE_K / 8, kPiecesS = kSpan / 8;  // in a row
   static_assert(kTeamThreads % kPiecesB == 0 && kTeamThreads % kPiecesA == 0 && kTeamThreads >= SCALE_ROWS * kPiecesS);
   constexpr int kRowsB = kTeamThreads / kPiecesB, kRowsA = kTeamThreads / kPiecesA;  // that the team copies at once
   const int b_row = team_thread / kPiecesB, b_piece = team_thread % kPiecesB;
@@ -363,7 +368,7 @@ __global__ void __launch_bounds__(32 * kWarpsN * kWarpsM * kTeams, 1) marlin_ker
     load_tile = unit / args.k_stages;
     load_k = unit - load_tile * args.k_stages;
     if (unit < stripe_end) {
-      const int n0 = load_tile / args.token_tiles * kFeatures;
+      const int n0 = load_tile / args.token_tiles * kFeatures / 64 * 64;  // of the first chunk
       const int64_t m0 = static_cast<int64_t>(load_tile % args.token_tiles) * kTokens + a_copy_row;
       const int64_t before = load_k - kTeams;
       b_gmem = static_cast<const char*>(p.B) + (before * STEPS + b_row) * b_row_bytes + (n0 * 8 + b_piece * 16);
@@ -436,9 +441,20 @@ __global__ void __launch_bounds__(32 * kWarpsN * kWarpsM * kTeams, 1) marlin_ker
     stage_rd = next_stage(stage_rd);
   };
 
-  const int chunk = warp_n * kBlocksN / 4, chunk_half = warp_n * kBlocksN % 4 / 2;  // of the stage, this warp's
-  const uint32_t b_rd = keep(ring + chunk * 512 + lane * 16 + chunk_half * 8);
-  const uint32_t s_rd = keep(ring + kSOffset + chunk * 128 + lane / 4 * 16 + chunk_half * 8);
+  // Where the warp's words and scales are: with one load, or three blocks with one load each. These begin in the first chunk
+  // or in its middle, as the tile does.
+  constexpr int kReads = kBlocksN == 3 ? 3 : 1;
+  uint32_t b_rd[kReads], s_rd[kReads];
+  auto aim_reads = [&](int tile) {
+    const int block = kBlocksN == 3 ? tile / args.token_tiles * kFeatures / 16 % 4 + warp_n * kBlocksN : warp_n * kBlocksN;
+#pragma unroll
+    for (int i = 0; i < kReads; ++i) {
+      const int chunk = (block + i) / 4, word = (block + i) % 4;
+      b_rd[i] = keep(ring + chunk * 512 + lane * 16 + word * 4);
+      s_rd[i] = keep(ring + kSOffset + chunk * 128 + lane / 4 * 16 + word * 4);
+    }
+  };
+  aim_reads(0);
   float acc[kBlocksN][kBlocksM][4];  // (m16 blocks, n8 blocks, features g and g + 8 x tokens 2t and 2t + 1)
 
   // ---- load fragments, dequantise, multiply: few tokens ------------------------------------------------------------
@@ -448,7 +464,7 @@ __global__ void __launch_bounds__(32 * kWarpsN * kWarpsM * kTeams, 1) marlin_ker
     wait_for_stage();
     uint32_t b_frag[STEPS][4], a_frag[STEPS][kBlocksM][2], s_frag[4];
 #pragma unroll
-    for (int step = 0; step < STEPS; ++step) load_smem(b_frag[step], stage_rd + b_rd + step * kFeatures * 8);
+    for (int step = 0; step < STEPS; ++step) load_smem(b_frag[step], stage_rd + b_rd[0] + step * kSpan * 8);
     const uint32_t a_row_rd = ring + stage_rd + kAOffset + lane % 8 * 128;
 #pragma unroll
     for (int i = 0; i < kBlocksM * STEPS / 2; ++i) {  // an n8 block, two steps
@@ -456,7 +472,7 @@ __global__ void __launch_bounds__(32 * kWarpsN * kWarpsM * kTeams, 1) marlin_ker
       const int piece = (lane / 8 + 2 * step) ^ (lane % 8);
       ldmatrix_x4(a_frag[step][j], a_frag[step + 1][j], a_row_rd + j * 1024 + (piece << 4));
     }
-    load_smem(s_frag, stage_rd + s_rd + kFeatures * 2);
+    load_smem(s_frag, stage_rd + s_rd[0] + kSpan * 2);
     prepare_loads();
 #pragma unroll
     for (int part = 0; part < 2; ++part) issue_loads(part);
@@ -478,7 +494,7 @@ __global__ void __launch_bounds__(32 * kWarpsN * kWarpsM * kTeams, 1) marlin_ker
     for (int step = 0; step < STEPS; ++step) {
       if (step == 2 && p.group % STAGE_K != 0) {  // two groups
         uint32_t first[4];
-        load_smem(first, stage_rd + s_rd);
+        load_smem(first, stage_rd + s_rd[0]);
         add_scaled(first);
         clear(sums);
       }
@@ -513,8 +529,16 @@ __global__ void __launch_bounds__(32 * kWarpsN * kWarpsM * kTeams, 1) marlin_ker
     const int buffer = index % kBuffers, step = index / kPairs % STEPS, pair = index % kPairs;
     ldmatrix_x4(a_frag[buffer][0], a_frag[buffer][1], ((a_rd + stage_rd) ^ (step << 5)) + pair * 2048);
   };
-  auto load_b = [&](int step) { load_smem(b_frag, stage_rd + b_rd + step * kFeatures * 8); };
-  auto load_s = [&](int half) { load_smem(s_frag[half], stage_rd + s_rd + half * kFeatures * 2); };
+  auto load_blocks = [&](uint32_t(&v)[kBlocksN], const uint32_t(&rd)[kReads], uint32_t from) {
+    if constexpr (kBlocksN == 3) {
+#pragma unroll
+      for (int i = 0; i < kBlocksN; ++i) load_smem(v[i], rd[i] + from);
+    } else {
+      load_smem(v, rd[0] + from);
+    }
+  };
+  auto load_b = [&](int step) { load_blocks(b_frag, b_rd, stage_rd + step * kSpan * 8); };
+  auto load_s = [&](int half) { load_blocks(s_frag[half], s_rd, stage_rd + half * kSpan * 2); };
   auto dequantise_part = [&](int step, int part) {  // register part % 4 of word part / 4 of a step
     const int i = part / 4, r = part % 4;
     const half2 scales = as_half2(s_frag[step / 2][i]);
@@ -560,14 +584,16 @@ __global__ void __launch_bounds__(32 * kWarpsN * kWarpsM * kTeams, 1) marlin_ker
   // Rolled up: unrolled over all accumulators these were 7000 instructions, run twice a launch, and most of the time at a
   // tile's end went into fetching them (docs/tried.md).
   auto write_tile = [&](int n0, int64_t m0) {
-    constexpr int kRow = 4 * kBlocksN, kVectors = kTile.patch_tokens() * kRow;  // float4 of a patch: a row, all
+    constexpr int kRow = kBlocksN == 3 ? 16 : 4 * kBlocksN, kVectors = kTile.patch_tokens() * kRow;  // float4 of a patch: a row, all
     constexpr int kBlocks = kTile.patch_tokens() / 8, kRounds = kBlocksM / kBlocks;
     static_assert(kBlocksM % kBlocks == 0);
     constexpr int kMeeting = kTeams == 1 ? 32 : kThreads;  // a single team's warps read back their own patches
     const int thread = thread_anew(), lane = thread % 32, g = lane / 4, t = lane % 4;
     // The warps at the same place of all teams read that place's patches: a thread stays at its four features.
+    // Of sixteen, where a row has twelve, four are idle.
     const int reader = team * 32 + lane, member = warp % kTeamWarps;
-    const int n = n0 + warp_n * 16 * kBlocksN + reader % kRow * 4;
+    const bool idle = reader % kRow >= 4 * kBlocksN;
+    const int column = idle ? 0 : reader % kRow * 4, n = n0 + warp_n * 16 * kBlocksN + column;
     float scale[4], bias[4];
 #pragma unroll
     for (int e = 0; e < 4; ++e) {
@@ -576,10 +602,10 @@ __global__ void __launch_bounds__(32 * kWarpsN * kWarpsM * kTeams, 1) marlin_ker
       bias[e] = here && p.bias != nullptr ? __half2float(static_cast<const half*>(p.bias)[n + e]) : 0.0f;
     }
     const int64_t m = m0 + warp_m * 8 * kBlocksM;
-    const int tokens_here = n < p.N_C ? static_cast<int>(min(int64_t{8 * kBlocksM}, p.M - m)) : 0;
+    const int tokens_here = n < p.N_C && !idle ? static_cast<int>(min(int64_t{8 * kBlocksM}, p.M - m)) : 0;
     half* const c_gmem = static_cast<half*>(p.C) + m * p.N_C + n;
     float* const patch_wr = patches + warp * kPatch + 2 * t * kPitch + g;
-    const float* const patch_rd = patches + member * kPatch + reader % kRow * 4;
+    const float* const patch_rd = patches + member * kPatch + column;
 #pragma unroll 1
     for (int round = 0; round < kRounds; ++round) {
 #pragma unroll
@@ -627,7 +653,7 @@ __global__ void __launch_bounds__(32 * kWarpsN * kWarpsM * kTeams, 1) marlin_ker
   };
   // The sums over the teams: a thread of team r owns every kTeams-th fragment from r on.
   auto reduce_teams = [&](float4(&own)[kOwn]) {
-    constexpr int kRound = kPatch >= 1024 ? 8 : 4, kSlot = kPatch / 4;  // fragments that fit into a patch; its float4
+    constexpr int kRound = kPatch >= 1024 ? 8 : kBlocksN == 3 ? 6 : 4, kSlot = kPatch / 4;  // fragments that fit into a patch; its float4
     static_assert(kRound * 128 <= kPatch && kFragments % kRound == 0);
     float4* const slots = reinterpret_cast<float4*>(patches) + thread_anew() % 32;
 #pragma unroll
@@ -791,6 +817,7 @@ __global__ void __launch_bounds__(32 * kWarpsN * kWarpsM * kTeams, 1) marlin_ker
     begin = tile_end;
     const int rounds = (tile_end - unit + kTeams - 1) / kTeams;  // this team's, most or one less
     clear(acc);
+    if constexpr (kBlocksN == 3) aim_reads(tile);
     unit += rounds * kTeams;
     if constexpr (kFew) {
 #pragma unroll 1
