@@ -514,7 +514,7 @@ __global__ void __launch_bounds__(32 * kWarpsN * kWarpsM * kTeams, 1) marlin_ker
   // A step is worked off in chunks of token blocks, in which the left operand changes last. A warp reads ahead of its
   // products: the A of the next chunk, the words of the next step. These words are dequantised between the products of this
   // step, a register at a time: with two warps a scheduler, a run of conversions would leave the tensor cores idle.
-  constexpr int kChunks = kBlocksM > 8 && kTeams > 1 ? 2 : 1, kChunkBlocks = kFew ? 2 : kBlocksM / kChunks;
+  constexpr int kChunks = kBlocksM > 12 && kTeams > 1 ? 2 : 1, kChunkBlocks = kFew ? 2 : kBlocksM / kChunks;
   constexpr int kPairs = kFew ? 1 : kBlocksM / 2, kChunkPairs = kChunkBlocks / 2;  // ldmatrix brings two n8 blocks
   constexpr int kBuffers = 2 * kChunkPairs;
   uint32_t a_frag[kBuffers][2][2];  // (buffers, n8 blocks, k halves)
