@@ -36,7 +36,8 @@ struct Tile {
   int stages;  // in each team's ring
 
   MARLIN_HD constexpr int features() const { return 16 * blocks_n * warps_n; }
-  MARLIN_HD constexpr int span() const { return (features() + 63) / 64 * 64; }  // of the whole chunks that a tile lies in
+  // Of the chunks that the tile lies in: 96 begin at a chunk, or in its middle, and take two either way.
+  MARLIN_HD constexpr int span() const { return (features() + 63) / 64 * 64; }
   MARLIN_HD constexpr int tokens() const { return 8 * blocks_m * warps_m; }
   MARLIN_HD constexpr int warps() const { return warps_n * warps_m * teams; }
   MARLIN_HD constexpr int b_bytes() const { return span() * STAGE_K / 2; }
@@ -59,33 +60,37 @@ struct TileCost {
 
 constexpr TileCost kTiles[] = {
     // 8 tokens
-    {{4, 1, 1, 1, 8, 4}, 0.0788f, 0.55f, 1.59f},
-    {{4, 1, 4, 1, 4, 3}, 0.2600f, 0.20f, 8.00f},
-    {{4, 1, 1, 1, 8, 3}, 0.0798f, 0.43f, 1.67f},
+    {{4, 1, 1, 1, 8, 4}, 0.0830f, 0.01f, 2.05f},
+    {{4, 1, 4, 1, 4, 3}, 0.2796f, 0.08f, 3.68f},
+    {{4, 1, 1, 1, 8, 3}, 0.0775f, 0.35f, 1.75f},
     // 16
-    {{4, 2, 1, 1, 8, 4}, 0.0907f, 0.61f, 2.05f},
-    {{4, 2, 4, 1, 3, 3}, 0.3395f, 0.32f, 3.35f},
-    {{4, 2, 1, 1, 8, 2}, 0.1136f, 0.32f, 2.12f},
+    {{4, 2, 1, 1, 8, 4}, 0.0935f, 0.69f, 1.78f},
+    {{4, 2, 4, 1, 3, 3}, 0.3418f, 0.01f, 3.62f},
+    {{4, 2, 1, 1, 8, 2}, 0.1148f, 0.46f, 1.83f},
     // 32
-    {{4, 4, 1, 1, 8, 3}, 0.1107f, 1.22f, 1.95f},
-    {{4, 4, 4, 1, 3, 4}, 0.4412f, 0.51f, 3.63f},
-    {{4, 4, 1, 1, 4, 3}, 0.1323f, 0.76f, 1.75f},
+    {{4, 4, 1, 1, 8, 3}, 0.1115f, 1.51f, 1.87f},
+    {{4, 4, 4, 1, 3, 4}, 0.4341f, 0.11f, 4.10f},
+    {{4, 4, 1, 1, 4, 3}, 0.1281f, 0.94f, 1.69f},
     // 48, 64
-    {{4, 6, 2, 1, 4, 3}, 0.2969f, 0.39f, 3.26f},
-    {{4, 6, 4, 1, 2, 4}, 0.5907f, 0.01f, 4.51f},
-    {{4, 8, 2, 1, 4, 3}, 0.3613f, 1.51f, 3.16f},
-    {{4, 8, 4, 1, 2, 4}, 0.7357f, 0.13f, 4.99f},
-    {{4, 8, 2, 1, 2, 3}, 0.4533f, 0.93f, 3.24f},
-    {{4, 6, 1, 1, 8, 2}, 0.1569f, 1.41f, 2.69f},
-    {{4, 8, 1, 1, 8, 2}, 0.1779f, 2.34f, 2.55f},
+    {{4, 6, 2, 1, 4, 3}, 0.2852f, 0.97f, 3.12f},
+    {{4, 6, 4, 1, 2, 4}, 0.5675f, 0.01f, 5.43f},
+    {{4, 8, 2, 1, 4, 3}, 0.3433f, 2.24f, 2.64f},
+    {{4, 8, 4, 1, 2, 4}, 0.7202f, 0.96f, 4.56f},
+    {{4, 8, 2, 1, 2, 3}, 0.4441f, 1.07f, 3.33f},
+    {{4, 6, 1, 1, 8, 2}, 0.1604f, 1.02f, 3.07f},
+    {{4, 8, 1, 1, 8, 2}, 0.1742f, 3.20f, 1.94f},
     // 96, 128
-    {{2, 16, 2, 1, 4, 2}, 0.3999f, 0.71f, 2.33f},
-    {{2, 12, 2, 1, 4, 3}, 0.3745f, 0.54f, 2.19f},
-    {{2, 12, 8, 1, 1, 4}, 1.0926f, 0.01f, 6.30f},
-    {{2, 12, 4, 1, 2, 4}, 0.6496f, 0.35f, 3.37f},
-    {{2, 16, 4, 1, 2, 4}, 0.6806f, 1.42f, 2.82f},
-    {{2, 16, 8, 1, 1, 4}, 1.3113f, 0.01f, 7.64f},
-    {{2, 16, 4, 1, 1, 4}, 0.7263f, 1.34f, 4.01f},
+    {{2, 16, 2, 1, 4, 2}, 0.3738f, 1.50f, 1.77f},
+    {{2, 12, 2, 1, 4, 3}, 0.2710f, 2.21f, 0.48f},
+    {{2, 12, 8, 1, 1, 4}, 1.0181f, 0.02f, 4.53f},
+    {{2, 12, 4, 1, 2, 4}, 0.5163f, 1.44f, 2.69f},
+    {{2, 16, 4, 1, 2, 4}, 0.6727f, 0.88f, 3.67f},
+    {{2, 16, 8, 1, 1, 4}, 1.3197f, 0.16f, 5.11f},
+    {{2, 16, 4, 1, 1, 4}, 0.7768f, 0.45f, 2.41f},
+    // 96, 64, 128, by 96 features
+    {{3, 6, 2, 1, 4, 3}, 0.2377f, 0.95f, 2.73f},
+    {{3, 8, 2, 1, 4, 3}, 0.2809f, 2.07f, 1.55f},
+    {{3, 8, 2, 2, 2, 3}, 0.5598f, 1.76f, 2.12f},
 };
 constexpr int kNumTiles = sizeof(kTiles) / sizeof(kTiles[0]);
 
@@ -441,12 +446,14 @@ __global__ void __launch_bounds__(32 * kWarpsN * kWarpsM * kTeams, 1) marlin_ker
     stage_rd = next_stage(stage_rd);
   };
 
-  // Where the warp's words and scales are: with one load, or three blocks with one load each. These begin in the first chunk
-  // or in its middle, as the tile does.
+  // Where the warp's words and scales are. Three blocks take a load each: from which of a chunk's four on, and how many of them
+  // lie in the next chunk, depends on the tile and the warp.
+  static_assert(kBlocksN != 3 || kWarpsN == 2, "span() knows no other tiles that begin inside of a chunk");
   constexpr int kReads = kBlocksN == 3 ? 3 : 1;
   uint32_t b_rd[kReads], s_rd[kReads];
   auto aim_reads = [&](int tile) {
-    const int block = kBlocksN == 3 ? tile / args.token_tiles * kFeatures / 16 % 4 + warp_n * kBlocksN : warp_n * kBlocksN;
+    const int first = kBlocksN == 3 ? tile / args.token_tiles * kFeatures / 16 % 4 : 0;
+    const int block = first + warp_n * kBlocksN;  // from the stage's first
 #pragma unroll
     for (int i = 0; i < kReads; ++i) {
       const int chunk = (block + i) / 4, word = (block + i) % 4;
@@ -529,7 +536,7 @@ __global__ void __launch_bounds__(32 * kWarpsN * kWarpsM * kTeams, 1) marlin_ker
     const int buffer = index % kBuffers, step = index / kPairs % STEPS, pair = index % kPairs;
     ldmatrix_x4(a_frag[buffer][0], a_frag[buffer][1], ((a_rd + stage_rd) ^ (step << 5)) + pair * 2048);
   };
-  auto load_blocks = [&](uint32_t(&v)[kBlocksN], const uint32_t(&rd)[kReads], uint32_t from) {
+  auto load_blocks = [&](uint32_t (&v)[kBlocksN], const uint32_t (&rd)[kReads], uint32_t from) {
     if constexpr (kBlocksN == 3) {
 #pragma unroll
       for (int i = 0; i < kBlocksN; ++i) load_smem(v[i], rd[i] + from);
@@ -584,16 +591,16 @@ __global__ void __launch_bounds__(32 * kWarpsN * kWarpsM * kTeams, 1) marlin_ker
   // Rolled up: unrolled over all accumulators these were 7000 instructions, run twice a launch, and most of the time at a
   // tile's end went into fetching them (docs/tried.md).
   auto write_tile = [&](int n0, int64_t m0) {
-    constexpr int kRow = kBlocksN == 3 ? 16 : 4 * kBlocksN, kVectors = kTile.patch_tokens() * kRow;  // float4 of a patch: a row, all
+    // float4 of a patch: a row, all; threads for a row
+    constexpr int kRow = 4 * kBlocksN, kLanes = kBlocksN == 3 ? 16 : kRow, kVectors = kTile.patch_tokens() * kLanes;
     constexpr int kBlocks = kTile.patch_tokens() / 8, kRounds = kBlocksM / kBlocks;
     static_assert(kBlocksM % kBlocks == 0);
     constexpr int kMeeting = kTeams == 1 ? 32 : kThreads;  // a single team's warps read back their own patches
     const int thread = thread_anew(), lane = thread % 32, g = lane / 4, t = lane % 4;
     // The warps at the same place of all teams read that place's patches: a thread stays at its four features.
-    // Of sixteen, where a row has twelve, four are idle.
     const int reader = team * 32 + lane, member = warp % kTeamWarps;
-    const bool idle = reader % kRow >= 4 * kBlocksN;
-    const int column = idle ? 0 : reader % kRow * 4, n = n0 + warp_n * 16 * kBlocksN + column;
+    const bool idle = reader % kLanes >= kRow;
+    const int column = idle ? 0 : reader % kLanes * 4, n = n0 + warp_n * 16 * kBlocksN + column;
     float scale[4], bias[4];
 #pragma unroll
     for (int e = 0; e < 4; ++e) {
@@ -618,12 +625,12 @@ __global__ void __launch_bounds__(32 * kWarpsN * kWarpsM * kTeams, 1) marlin_ker
       barrier<kMeeting>(0);
 #pragma unroll
       for (int v = reader; v < kVectors; v += 32 * kTeams) {
-        float4 sum = *reinterpret_cast<const float4*>(patch_rd + v / kRow * kPitch);
+        float4 sum = *reinterpret_cast<const float4*>(patch_rd + v / kLanes * kPitch);
 #pragma unroll
         for (int r = 1; r < kTeams; ++r) {
-          sum = add(sum, *reinterpret_cast<const float4*>(patch_rd + r * kTeamWarps * kPatch + v / kRow * kPitch));
+          sum = add(sum, *reinterpret_cast<const float4*>(patch_rd + r * kTeamWarps * kPatch + v / kLanes * kPitch));
         }
-        const int token = round * kTile.patch_tokens() + v / kRow;
+        const int token = round * kTile.patch_tokens() + v / kLanes;
         if (token >= tokens_here) continue;
         const half2 lower = __floats2half2_rn(sum.x * scale[0] + bias[0], sum.y * scale[1] + bias[1]);
         const half2 upper = __floats2half2_rn(sum.z * scale[2] + bias[2], sum.w * scale[3] + bias[3]);
@@ -653,7 +660,8 @@ __global__ void __launch_bounds__(32 * kWarpsN * kWarpsM * kTeams, 1) marlin_ker
   };
   // The sums over the teams: a thread of team r owns every kTeams-th fragment from r on.
   auto reduce_teams = [&](float4(&own)[kOwn]) {
-    constexpr int kRound = kPatch >= 1024 ? 8 : kBlocksN == 3 ? 6 : 4, kSlot = kPatch / 4;  // fragments that fit into a patch; its float4
+    // fragments that fit into a patch; its float4
+    constexpr int kRound = kPatch >= 1024 ? 8 : kBlocksN == 3 ? 6 : 4, kSlot = kPatch / 4;
     static_assert(kRound * 128 <= kPatch && kFragments % kRound == 0);
     float4* const slots = reinterpret_cast<float4*>(patches) + thread_anew() % 32;
 #pragma unroll
