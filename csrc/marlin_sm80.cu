@@ -264,6 +264,19 @@ __device__ inline void barrier(int id) {
   }
 }
 
+// Let the next kernel of the stream begin; wait until all of the previous one is done and its memory seen. From Hopper on.
+__device__ inline void launch_dependents() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+
+__device__ inline void wait_for_previous_kernel() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
 // (word & mask) | bits in one instruction: 0xea is the truth table of (a & b) | c.
 template <uint32_t kMask, uint32_t kBits>
 __device__ inline uint32_t and_or(uint32_t word) {
@@ -809,6 +822,8 @@ __global__ void __launch_bounds__(32 * kWarpsN * kWarpsM * kTeams, 1) marlin_ker
     }
   }
   aim_loads(stripe_begin + team);
+  launch_dependents();
+  wait_for_previous_kernel();
 #pragma unroll 1
   for (int i = 0; i < kStages - 1; ++i) {
     prepare_loads();
@@ -859,28 +874,38 @@ __global__ void __launch_bounds__(32 * kWarpsN * kWarpsM * kTeams, 1) marlin_ker
 // ---------------------------------------------------------------------------------------------------------------------
 
 template <int kIdx>
-Status launch(const Args& args, int grid, cudaStream_t stream) {
+Status launch(const Args& args, int grid, bool overlap, int least_smem, cudaStream_t stream) {
   constexpr Tile kTile = kTiles[kIdx].tile;
   const auto kernel =
       marlin_kernel<kTile.blocks_n, kTile.blocks_m, kTile.warps_n, kTile.warps_m, kTile.teams, kTile.stages>;
-  constexpr int kSmem = kTile.smem_bytes();
-  if (cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kSmem) != cudaSuccess) {
+  const int smem = kTile.smem_bytes() > least_smem ? kTile.smem_bytes() : least_smem;
+  if (cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, smem) != cudaSuccess) {
     return Status::launch_failed;
   }
-  kernel<<<grid, 32 * kTile.warps(), kSmem, stream>>>(args);
-  return cudaGetLastError() == cudaSuccess ? Status::ok : Status::launch_failed;
+  cudaLaunchConfig_t config = {};
+  config.gridDim = grid;
+  config.blockDim = 32 * kTile.warps();
+  config.dynamicSmemBytes = smem;
+  config.stream = stream;
+  cudaLaunchAttribute attribute;
+  attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  attribute.val.programmaticStreamSerializationAllowed = 1;
+  config.attrs = &attribute;
+  config.numAttrs = overlap ? 1 : 0;
+  return cudaLaunchKernelEx(&config, kernel, args) == cudaSuccess ? Status::ok : Status::launch_failed;
 }
 
 template <int... kIdx>
-Status launch_any(const Args& args, int grid, int tile_idx, cudaStream_t stream, std::integer_sequence<int, kIdx...>) {
+Status launch_any(const Args& args, int grid, bool overlap, int least_smem, int tile_idx, cudaStream_t stream,
+                  std::integer_sequence<int, kIdx...>) {
   Status status = Status::no_config;
-  ((tile_idx == kIdx && (status = launch<kIdx>(args, grid, stream), true)) || ...);
+  ((tile_idx == kIdx && (status = launch<kIdx>(args, grid, overlap, least_smem, stream), true)) || ...);
   return status;
 }
 
 }  // namespace
 
-Status run_sm80(const Problem& p, const Config& config, int32_t* locks, float* partials, void* stream) {
+Status run_sm80(const Problem& p, const Config& config, bool overlap, int32_t* locks, float* partials, void* stream) {
   // Offsets inside a tile, and of scales, are 32-bit; the index of a stage in the line is an int.
   constexpr int64_t kMaxSize = int64_t{1} << 22, kMaxTotal = INT_MAX / 2;
   const Status status = check_for_cuda(p);
@@ -901,8 +926,8 @@ Status run_sm80(const Problem& p, const Config& config, int32_t* locks, float* p
     rest.M = p.M - head;
     rest.A = static_cast<const half*>(p.A) + head * p.lda;
     rest.C = static_cast<half*>(p.C) + head * p.N_C;
-    const Status head_status = run_sm80(first, config, locks, partials, stream);
-    return head_status != Status::ok ? head_status : run_sm80(rest, config, locks, partials, stream);
+    const Status head_status = run_sm80(first, config, overlap, locks, partials, stream);
+    return head_status != Status::ok ? head_status : run_sm80(rest, config, overlap, locks, partials, stream);
   }
   const int64_t total = stages * slices * token_tiles;
   const int grid = static_cast<int>(total < config.grid ? total : config.grid);
@@ -920,7 +945,15 @@ Status run_sm80(const Problem& p, const Config& config, int32_t* locks, float* p
   args.wide_c = p.N_C % 4 == 0 && is_aligned(p.C, 8);
   args.locks = locks;
   args.partials = partials;
-  return launch_any(args, grid, config.tile_idx, static_cast<cudaStream_t>(stream),
+  // CTAs that begin early go where there is room: without so much shared memory that only one fits on a multiprocessor, they
+  // pile up on some (docs/tried.md).
+  int device = 0, sm_bytes = 0;
+  const auto kPerSm = cudaDevAttrMaxSharedMemoryPerMultiprocessor;
+  if (overlap &&
+      (cudaGetDevice(&device) != cudaSuccess || cudaDeviceGetAttribute(&sm_bytes, kPerSm, device) != cudaSuccess)) {
+    return Status::launch_failed;
+  }
+  return launch_any(args, grid, overlap, sm_bytes / 2, config.tile_idx, static_cast<cudaStream_t>(stream),
                     std::make_integer_sequence<int, kNumTiles>());
 }
 
