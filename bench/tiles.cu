@@ -129,6 +129,8 @@ void print_tile(const Tile& tile, const Config& config) {
 
 #else
 
+constexpr bool kOverlap = false;  // alone
+
 int tile_tokens(const Tile& tile) { return tile.tokens(); }
 
 // Numbers of CTAs: one that divides the tiles or the other way round, and all.
@@ -143,7 +145,7 @@ std::vector<Config> ways(const Problem& p, int tile_idx, int num_sms) {
 }
 
 Status run_tile(const Problem& p, const Config& config, int32_t* locks, float* partials, cudaStream_t stream) {
-  return run_sm80(p, config, locks, partials, stream);
+  return run_sm80(p, config, kOverlap, locks, partials, stream);
 }
 
 // tile, features, tokens, teams, CTAs

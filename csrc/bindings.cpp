@@ -442,7 +442,7 @@ void run_on_cuda(const char* op, const Problem& p, const Hints& hints, const Ten
     case Backend::sm90_few: status = run_sm90_few(p, config, overlap, locks, stream); break;
     case Backend::sm90: status = run_sm90(p, config, overlap, locks, scratch, stream); break;
 #endif
-    default: status = run_sm80(p, config, locks, scratch, stream);
+    default: status = run_sm80(p, config, overlap && device.capability >= 90, locks, scratch, stream);
   }
   TORCH_CHECK(status == Status::ok, op, ": ", status_text(status),
               status == Status::launch_failed ? std::string(": ") + cudaGetErrorString(cudaGetLastError()) : "");

@@ -120,8 +120,10 @@ inline Status check_for_cuda(const Problem& p) {
   return p.M == 0 || (operands && (p.lda % 8 == 0 || p.M == 1)) ? Status::ok : Status::bad_alignment;
 }
 
-// Ampere, Ada, and anything newer. FP16. Asynchronous; stream is a cudaStream_t of the current device.
-Status run_sm80(const Problem& p, const Config& config, int32_t* locks, float* partials, void* stream);
+// Ampere, Ada, and anything newer. FP16. Asynchronous; stream is a cudaStream_t of the current device. overlap, for Hopper and
+// newer: the kernel may begin while the one before it in the stream still runs (programmatic dependent launch); it reads and
+// writes only when that one has finished.
+Status run_sm80(const Problem& p, const Config& config, bool overlap, int32_t* locks, float* partials, void* stream);
 
 Config choose_config_sm90(const Problem& p, const Device& device, const Hints& hints);
 

@@ -28,7 +28,7 @@ constexpr int SCALE_K = 32;                    // rows that certainly share a sc
 constexpr int SCALE_ROWS = STAGE_K / SCALE_K;  // rows of scales in a stage
 
 struct Tile {
-  int blocks_n;  // m16 feature blocks of a warp: 4, or 2 for half a chunk
+  int blocks_n;  // m16 feature blocks of a warp: 4, 2 for half a chunk, or 3 for three quarters, which may lie in two
   int blocks_m;  // n8 token blocks of a warp: 1 or an even number
   int warps_n;   // warps of a team along the features
   int warps_m;   // along the tokens
@@ -36,10 +36,12 @@ struct Tile {
   int stages;  // in each team's ring
 
   MARLIN_HD constexpr int features() const { return 16 * blocks_n * warps_n; }
+  // Of the chunks that the tile lies in: 96 begin at a chunk, or in its middle, and take two either way.
+  MARLIN_HD constexpr int span() const { return (features() + 63) / 64 * 64; }
   MARLIN_HD constexpr int tokens() const { return 8 * blocks_m * warps_m; }
   MARLIN_HD constexpr int warps() const { return warps_n * warps_m * teams; }
-  MARLIN_HD constexpr int b_bytes() const { return features() * STAGE_K / 2; }
-  MARLIN_HD constexpr int s_bytes() const { return features() * SCALE_ROWS * 2; }
+  MARLIN_HD constexpr int b_bytes() const { return span() * STAGE_K / 2; }
+  MARLIN_HD constexpr int s_bytes() const { return span() * SCALE_ROWS * 2; }
   MARLIN_HD constexpr int a_bytes() const { return tokens() * STAGE_K * 2; }
   MARLIN_HD constexpr int stage_bytes() const { return b_bytes() + a_bytes() + s_bytes(); }
   MARLIN_HD constexpr int patch_pitch() const { return 16 * blocks_n + 4; }  // + 4 spreads four tokens over all banks
@@ -58,33 +60,37 @@ struct TileCost {
 
 constexpr TileCost kTiles[] = {
     // 8 tokens
-    {{4, 1, 1, 1, 8, 4}, 0.0788f, 0.55f, 1.59f},
-    {{4, 1, 4, 1, 4, 3}, 0.2600f, 0.20f, 8.00f},
-    {{4, 1, 1, 1, 8, 3}, 0.0798f, 0.43f, 1.67f},
+    {{4, 1, 1, 1, 8, 4}, 0.0795f, 0.56f, 1.68f},
+    {{4, 1, 4, 1, 4, 3}, 0.2603f, 0.20f, 7.96f},
+    {{4, 1, 1, 1, 8, 3}, 0.0807f, 0.43f, 1.67f},
     // 16
-    {{4, 2, 1, 1, 8, 4}, 0.0907f, 0.61f, 2.05f},
-    {{4, 2, 4, 1, 3, 3}, 0.3395f, 0.32f, 3.35f},
-    {{4, 2, 1, 1, 8, 2}, 0.1136f, 0.32f, 2.12f},
+    {{4, 2, 1, 1, 8, 4}, 0.0918f, 0.61f, 2.05f},
+    {{4, 2, 4, 1, 3, 3}, 0.3392f, 0.32f, 3.34f},
+    {{4, 2, 1, 1, 8, 2}, 0.1136f, 0.32f, 2.13f},
     // 32
-    {{4, 4, 1, 1, 8, 3}, 0.1107f, 1.22f, 1.95f},
-    {{4, 4, 4, 1, 3, 4}, 0.4412f, 0.51f, 3.63f},
-    {{4, 4, 1, 1, 4, 3}, 0.1323f, 0.76f, 1.75f},
+    {{4, 4, 1, 1, 8, 3}, 0.1067f, 1.18f, 1.94f},
+    {{4, 4, 4, 1, 3, 4}, 0.4346f, 0.51f, 3.57f},
+    {{4, 4, 1, 1, 4, 3}, 0.1319f, 0.76f, 1.75f},
     // 48, 64
-    {{4, 6, 2, 1, 4, 3}, 0.2969f, 0.39f, 3.26f},
-    {{4, 6, 4, 1, 2, 4}, 0.5907f, 0.01f, 4.51f},
-    {{4, 8, 2, 1, 4, 3}, 0.3613f, 1.51f, 3.16f},
-    {{4, 8, 4, 1, 2, 4}, 0.7357f, 0.13f, 4.99f},
-    {{4, 8, 2, 1, 2, 3}, 0.4533f, 0.93f, 3.24f},
-    {{4, 6, 1, 1, 8, 2}, 0.1569f, 1.41f, 2.69f},
-    {{4, 8, 1, 1, 8, 2}, 0.1779f, 2.34f, 2.55f},
+    {{4, 6, 2, 1, 4, 3}, 0.2946f, 0.39f, 3.21f},
+    {{4, 6, 4, 1, 2, 4}, 0.5857f, 0.01f, 4.53f},
+    {{4, 8, 2, 1, 4, 3}, 0.3606f, 1.67f, 3.24f},
+    {{4, 8, 4, 1, 2, 4}, 0.7356f, 0.13f, 5.01f},
+    {{4, 8, 2, 1, 2, 3}, 0.4527f, 0.92f, 3.23f},
+    {{4, 6, 1, 1, 8, 2}, 0.1523f, 1.37f, 2.71f},
+    {{4, 8, 1, 1, 8, 2}, 0.1766f, 2.53f, 2.78f},
     // 96, 128
-    {{2, 16, 2, 1, 4, 2}, 0.3999f, 0.71f, 2.33f},
-    {{2, 12, 2, 1, 4, 3}, 0.3745f, 0.54f, 2.19f},
-    {{2, 12, 8, 1, 1, 4}, 1.0926f, 0.01f, 6.30f},
-    {{2, 12, 4, 1, 2, 4}, 0.6496f, 0.35f, 3.37f},
-    {{2, 16, 4, 1, 2, 4}, 0.6806f, 1.42f, 2.82f},
-    {{2, 16, 8, 1, 1, 4}, 1.3113f, 0.01f, 7.64f},
-    {{2, 16, 4, 1, 1, 4}, 0.7263f, 1.34f, 4.01f},
+    {{2, 16, 2, 1, 4, 2}, 0.3802f, 0.67f, 1.75f},
+    {{2, 12, 2, 1, 4, 3}, 0.2721f, 2.40f, 0.01f},
+    {{2, 12, 8, 1, 1, 4}, 1.0348f, 0.01f, 6.54f},
+    {{2, 12, 4, 1, 2, 4}, 0.5293f, 0.33f, 3.56f},
+    {{2, 16, 4, 1, 2, 4}, 0.6780f, 1.55f, 2.91f},
+    {{2, 16, 8, 1, 1, 4}, 1.3331f, 0.01f, 5.75f},
+    {{2, 16, 4, 1, 1, 4}, 0.7263f, 1.34f, 4.02f},
+    // 96, 64, 128, by 96 features
+    {{3, 6, 2, 1, 4, 3}, 0.2371f, 0.98f, 2.70f},
+    {{3, 8, 2, 1, 4, 3}, 0.2886f, 0.92f, 3.68f},
+    {{3, 8, 2, 2, 2, 3}, 0.5593f, 1.87f, 2.01f},
 };
 constexpr int kNumTiles = sizeof(kTiles) / sizeof(kTiles[0]);
 
@@ -207,6 +213,10 @@ __device__ inline void load_smem(uint32_t (&v)[2], uint32_t smem) {
   asm volatile("ld.shared.v2.u32 {%0, %1}, [%2];" : "=r"(v[0]), "=r"(v[1]) : "r"(smem) : "memory");
 }
 
+__device__ inline void load_smem(uint32_t& v, uint32_t smem) {
+  asm volatile("ld.shared.u32 %0, [%1];" : "=r"(v) : "r"(smem) : "memory");
+}
+
 __device__ inline void store_smem16(uint32_t smem, uint32_t word) {
   asm volatile("st.shared.v4.u32 [%0], {%1, %1, %1, %1};" ::"r"(smem), "r"(word) : "memory");
 }
@@ -252,6 +262,19 @@ __device__ inline void barrier(int id) {
   } else {
     asm volatile("bar.sync %0, %1;" ::"r"(id), "n"(kThreads) : "memory");
   }
+}
+
+// Let the next kernel of the stream begin; wait until all of the previous one is done and its memory seen. From Hopper on.
+__device__ inline void launch_dependents() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+
+__device__ inline void wait_for_previous_kernel() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
 }
 
 // (word & mask) | bits in one instruction: 0xea is the truth table of (a & b) | c.
@@ -309,7 +332,7 @@ struct Args {
 template <int kBlocksN, int kBlocksM, int kWarpsN, int kWarpsM, int kTeams, int kStages>
 __global__ void __launch_bounds__(32 * kWarpsN * kWarpsM * kTeams, 1) marlin_kernel(const Args args) {
   constexpr Tile kTile{kBlocksN, kBlocksM, kWarpsN, kWarpsM, kTeams, kStages};
-  constexpr int kFeatures = kTile.features(), kTokens = kTile.tokens();
+  constexpr int kFeatures = kTile.features(), kSpan = kTile.span(), kTokens = kTile.tokens();
   constexpr int kTeamWarps = kWarpsN * kWarpsM, kTeamThreads = 32 * kTeamWarps, kThreads = kTeamThreads * kTeams;
   constexpr bool kFew = kBlocksM <= 2;  // tokens: another inner loop
   static_assert(!kFew || (kBlocksN == 4 && kWarpsM == 1), "the loop for few tokens knows whole chunks only");
@@ -337,7 +360,7 @@ __global__ void __launch_bounds__(32 * kWarpsN * kWarpsM * kTeams, 1) marlin_ker
   // ---- issue next loads: a cursor that runs ahead of the products, over the borders of tiles -------------------------
   // In a stage, a thread copies every (kTeamThreads / kPiecesB)-th k16 row of one column of 16-byte pieces of B, the same
   // of A, and at most one piece of s, so that only three pointers move from stage to stage.
-  constexpr int kPiecesB = kFeatures / 2, kPiecesA = STAGE_K / 8, kPiecesS = kFeatures / 8;  // in a row
+  constexpr int kPiecesB = kSpan / 2, kPiecesA = STAGE_K / 8, kPiecesS = kSpan / 8;  // in a row
   static_assert(kTeamThreads % kPiecesB == 0 && kTeamThreads % kPiecesA == 0 && kTeamThreads >= SCALE_ROWS * kPiecesS);
   constexpr int kRowsB = kTeamThreads / kPiecesB, kRowsA = kTeamThreads / kPiecesA;  // that the team copies at once
   const int b_row = team_thread / kPiecesB, b_piece = team_thread % kPiecesB;
@@ -363,7 +386,7 @@ __global__ void __launch_bounds__(32 * kWarpsN * kWarpsM * kTeams, 1) marlin_ker
     load_tile = unit / args.k_stages;
     load_k = unit - load_tile * args.k_stages;
     if (unit < stripe_end) {
-      const int n0 = load_tile / args.token_tiles * kFeatures;
+      const int n0 = load_tile / args.token_tiles * kFeatures / 64 * 64;  // of the first chunk
       const int64_t m0 = static_cast<int64_t>(load_tile % args.token_tiles) * kTokens + a_copy_row;
       const int64_t before = load_k - kTeams;
       b_gmem = static_cast<const char*>(p.B) + (before * STEPS + b_row) * b_row_bytes + (n0 * 8 + b_piece * 16);
@@ -436,9 +459,22 @@ __global__ void __launch_bounds__(32 * kWarpsN * kWarpsM * kTeams, 1) marlin_ker
     stage_rd = next_stage(stage_rd);
   };
 
-  const int chunk = warp_n * kBlocksN / 4, chunk_half = warp_n * kBlocksN % 4 / 2;  // of the stage, this warp's
-  const uint32_t b_rd = keep(ring + chunk * 512 + lane * 16 + chunk_half * 8);
-  const uint32_t s_rd = keep(ring + kSOffset + chunk * 128 + lane / 4 * 16 + chunk_half * 8);
+  // Where the warp's words and scales are. Three blocks take a load each: from which of a chunk's four on, and how many of them
+  // lie in the next chunk, depends on the tile and the warp.
+  static_assert(kBlocksN != 3 || kWarpsN == 2, "span() knows no other tiles that begin inside of a chunk");
+  constexpr int kReads = kBlocksN == 3 ? 3 : 1;
+  uint32_t b_rd[kReads], s_rd[kReads];
+  auto aim_reads = [&](int tile) {
+    const int first = kBlocksN == 3 ? tile / args.token_tiles * kFeatures / 16 % 4 : 0;
+    const int block = first + warp_n * kBlocksN;  // from the stage's first
+#pragma unroll
+    for (int i = 0; i < kReads; ++i) {
+      const int chunk = (block + i) / 4, word = (block + i) % 4;
+      b_rd[i] = keep(ring + chunk * 512 + lane * 16 + word * 4);
+      s_rd[i] = keep(ring + kSOffset + chunk * 128 + lane / 4 * 16 + word * 4);
+    }
+  };
+  aim_reads(0);
   float acc[kBlocksN][kBlocksM][4];  // (m16 blocks, n8 blocks, features g and g + 8 x tokens 2t and 2t + 1)
 
   // ---- load fragments, dequantise, multiply: few tokens ------------------------------------------------------------
@@ -448,7 +484,7 @@ __global__ void __launch_bounds__(32 * kWarpsN * kWarpsM * kTeams, 1) marlin_ker
     wait_for_stage();
     uint32_t b_frag[STEPS][4], a_frag[STEPS][kBlocksM][2], s_frag[4];
 #pragma unroll
-    for (int step = 0; step < STEPS; ++step) load_smem(b_frag[step], stage_rd + b_rd + step * kFeatures * 8);
+    for (int step = 0; step < STEPS; ++step) load_smem(b_frag[step], stage_rd + b_rd[0] + step * kSpan * 8);
     const uint32_t a_row_rd = ring + stage_rd + kAOffset + lane % 8 * 128;
 #pragma unroll
     for (int i = 0; i < kBlocksM * STEPS / 2; ++i) {  // an n8 block, two steps
@@ -456,7 +492,7 @@ __global__ void __launch_bounds__(32 * kWarpsN * kWarpsM * kTeams, 1) marlin_ker
       const int piece = (lane / 8 + 2 * step) ^ (lane % 8);
       ldmatrix_x4(a_frag[step][j], a_frag[step + 1][j], a_row_rd + j * 1024 + (piece << 4));
     }
-    load_smem(s_frag, stage_rd + s_rd + kFeatures * 2);
+    load_smem(s_frag, stage_rd + s_rd[0] + kSpan * 2);
     prepare_loads();
 #pragma unroll
     for (int part = 0; part < 2; ++part) issue_loads(part);
@@ -478,7 +514,7 @@ __global__ void __launch_bounds__(32 * kWarpsN * kWarpsM * kTeams, 1) marlin_ker
     for (int step = 0; step < STEPS; ++step) {
       if (step == 2 && p.group % STAGE_K != 0) {  // two groups
         uint32_t first[4];
-        load_smem(first, stage_rd + s_rd);
+        load_smem(first, stage_rd + s_rd[0]);
         add_scaled(first);
         clear(sums);
       }
@@ -498,7 +534,7 @@ __global__ void __launch_bounds__(32 * kWarpsN * kWarpsM * kTeams, 1) marlin_ker
   // A step is worked off in chunks of token blocks, in which the left operand changes last. A warp reads ahead of its
   // products: the A of the next chunk, the words of the next step. These words are dequantised between the products of this
   // step, a register at a time: with two warps a scheduler, a run of conversions would leave the tensor cores idle.
-  constexpr int kChunks = kBlocksM > 8 && kTeams > 1 ? 2 : 1, kChunkBlocks = kFew ? 2 : kBlocksM / kChunks;
+  constexpr int kChunks = kBlocksM > 12 && kTeams > 1 ? 2 : 1, kChunkBlocks = kFew ? 2 : kBlocksM / kChunks;
   constexpr int kPairs = kFew ? 1 : kBlocksM / 2, kChunkPairs = kChunkBlocks / 2;  // ldmatrix brings two n8 blocks
   constexpr int kBuffers = 2 * kChunkPairs;
   uint32_t a_frag[kBuffers][2][2];  // (buffers, n8 blocks, k halves)
@@ -513,8 +549,16 @@ __global__ void __launch_bounds__(32 * kWarpsN * kWarpsM * kTeams, 1) marlin_ker
     const int buffer = index % kBuffers, step = index / kPairs % STEPS, pair = index % kPairs;
     ldmatrix_x4(a_frag[buffer][0], a_frag[buffer][1], ((a_rd + stage_rd) ^ (step << 5)) + pair * 2048);
   };
-  auto load_b = [&](int step) { load_smem(b_frag, stage_rd + b_rd + step * kFeatures * 8); };
-  auto load_s = [&](int half) { load_smem(s_frag[half], stage_rd + s_rd + half * kFeatures * 2); };
+  auto load_blocks = [&](uint32_t (&v)[kBlocksN], const uint32_t (&rd)[kReads], uint32_t from) {
+    if constexpr (kBlocksN == 3) {
+#pragma unroll
+      for (int i = 0; i < kBlocksN; ++i) load_smem(v[i], rd[i] + from);
+    } else {
+      load_smem(v, rd[0] + from);
+    }
+  };
+  auto load_b = [&](int step) { load_blocks(b_frag, b_rd, stage_rd + step * kSpan * 8); };
+  auto load_s = [&](int half) { load_blocks(s_frag[half], s_rd, stage_rd + half * kSpan * 2); };
   auto dequantise_part = [&](int step, int part) {  // register part % 4 of word part / 4 of a step
     const int i = part / 4, r = part % 4;
     const half2 scales = as_half2(s_frag[step / 2][i]);
@@ -560,14 +604,16 @@ __global__ void __launch_bounds__(32 * kWarpsN * kWarpsM * kTeams, 1) marlin_ker
   // Rolled up: unrolled over all accumulators these were 7000 instructions, run twice a launch, and most of the time at a
   // tile's end went into fetching them (docs/tried.md).
   auto write_tile = [&](int n0, int64_t m0) {
-    constexpr int kRow = 4 * kBlocksN, kVectors = kTile.patch_tokens() * kRow;  // float4 of a patch: a row, all
+    // float4 of a patch: a row, all; threads for a row
+    constexpr int kRow = 4 * kBlocksN, kLanes = kBlocksN == 3 ? 16 : kRow, kVectors = kTile.patch_tokens() * kLanes;
     constexpr int kBlocks = kTile.patch_tokens() / 8, kRounds = kBlocksM / kBlocks;
     static_assert(kBlocksM % kBlocks == 0);
     constexpr int kMeeting = kTeams == 1 ? 32 : kThreads;  // a single team's warps read back their own patches
     const int thread = thread_anew(), lane = thread % 32, g = lane / 4, t = lane % 4;
     // The warps at the same place of all teams read that place's patches: a thread stays at its four features.
     const int reader = team * 32 + lane, member = warp % kTeamWarps;
-    const int n = n0 + warp_n * 16 * kBlocksN + reader % kRow * 4;
+    const bool idle = reader % kLanes >= kRow;
+    const int column = idle ? 0 : reader % kLanes * 4, n = n0 + warp_n * 16 * kBlocksN + column;
     float scale[4], bias[4];
 #pragma unroll
     for (int e = 0; e < 4; ++e) {
@@ -576,10 +622,10 @@ __global__ void __launch_bounds__(32 * kWarpsN * kWarpsM * kTeams, 1) marlin_ker
       bias[e] = here && p.bias != nullptr ? __half2float(static_cast<const half*>(p.bias)[n + e]) : 0.0f;
     }
     const int64_t m = m0 + warp_m * 8 * kBlocksM;
-    const int tokens_here = n < p.N_C ? static_cast<int>(min(int64_t{8 * kBlocksM}, p.M - m)) : 0;
+    const int tokens_here = n < p.N_C && !idle ? static_cast<int>(min(int64_t{8 * kBlocksM}, p.M - m)) : 0;
     half* const c_gmem = static_cast<half*>(p.C) + m * p.N_C + n;
     float* const patch_wr = patches + warp * kPatch + 2 * t * kPitch + g;
-    const float* const patch_rd = patches + member * kPatch + reader % kRow * 4;
+    const float* const patch_rd = patches + member * kPatch + column;
 #pragma unroll 1
     for (int round = 0; round < kRounds; ++round) {
 #pragma unroll
@@ -592,12 +638,12 @@ __global__ void __launch_bounds__(32 * kWarpsN * kWarpsM * kTeams, 1) marlin_ker
       barrier<kMeeting>(0);
 #pragma unroll
       for (int v = reader; v < kVectors; v += 32 * kTeams) {
-        float4 sum = *reinterpret_cast<const float4*>(patch_rd + v / kRow * kPitch);
+        float4 sum = *reinterpret_cast<const float4*>(patch_rd + v / kLanes * kPitch);
 #pragma unroll
         for (int r = 1; r < kTeams; ++r) {
-          sum = add(sum, *reinterpret_cast<const float4*>(patch_rd + r * kTeamWarps * kPatch + v / kRow * kPitch));
+          sum = add(sum, *reinterpret_cast<const float4*>(patch_rd + r * kTeamWarps * kPatch + v / kLanes * kPitch));
         }
-        const int token = round * kTile.patch_tokens() + v / kRow;
+        const int token = round * kTile.patch_tokens() + v / kLanes;
         if (token >= tokens_here) continue;
         const half2 lower = __floats2half2_rn(sum.x * scale[0] + bias[0], sum.y * scale[1] + bias[1]);
         const half2 upper = __floats2half2_rn(sum.z * scale[2] + bias[2], sum.w * scale[3] + bias[3]);
@@ -627,7 +673,8 @@ __global__ void __launch_bounds__(32 * kWarpsN * kWarpsM * kTeams, 1) marlin_ker
   };
   // The sums over the teams: a thread of team r owns every kTeams-th fragment from r on.
   auto reduce_teams = [&](float4(&own)[kOwn]) {
-    constexpr int kRound = kPatch >= 1024 ? 8 : 4, kSlot = kPatch / 4;  // fragments that fit into a patch; its float4
+    // fragments that fit into a patch; its float4
+    constexpr int kRound = kPatch >= 1024 ? 8 : kBlocksN == 3 ? 6 : 4, kSlot = kPatch / 4;
     static_assert(kRound * 128 <= kPatch && kFragments % kRound == 0);
     float4* const slots = reinterpret_cast<float4*>(patches) + thread_anew() % 32;
 #pragma unroll
@@ -775,6 +822,8 @@ __global__ void __launch_bounds__(32 * kWarpsN * kWarpsM * kTeams, 1) marlin_ker
     }
   }
   aim_loads(stripe_begin + team);
+  launch_dependents();
+  wait_for_previous_kernel();
 #pragma unroll 1
   for (int i = 0; i < kStages - 1; ++i) {
     prepare_loads();
@@ -791,6 +840,7 @@ __global__ void __launch_bounds__(32 * kWarpsN * kWarpsM * kTeams, 1) marlin_ker
     begin = tile_end;
     const int rounds = (tile_end - unit + kTeams - 1) / kTeams;  // this team's, most or one less
     clear(acc);
+    if constexpr (kBlocksN == 3) aim_reads(tile);
     unit += rounds * kTeams;
     if constexpr (kFew) {
 #pragma unroll 1
@@ -824,28 +874,38 @@ __global__ void __launch_bounds__(32 * kWarpsN * kWarpsM * kTeams, 1) marlin_ker
 // ---------------------------------------------------------------------------------------------------------------------
 
 template <int kIdx>
-Status launch(const Args& args, int grid, cudaStream_t stream) {
+Status launch(const Args& args, int grid, bool overlap, int least_smem, cudaStream_t stream) {
   constexpr Tile kTile = kTiles[kIdx].tile;
   const auto kernel =
       marlin_kernel<kTile.blocks_n, kTile.blocks_m, kTile.warps_n, kTile.warps_m, kTile.teams, kTile.stages>;
-  constexpr int kSmem = kTile.smem_bytes();
-  if (cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kSmem) != cudaSuccess) {
+  const int smem = kTile.smem_bytes() > least_smem ? kTile.smem_bytes() : least_smem;
+  if (cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, smem) != cudaSuccess) {
     return Status::launch_failed;
   }
-  kernel<<<grid, 32 * kTile.warps(), kSmem, stream>>>(args);
-  return cudaGetLastError() == cudaSuccess ? Status::ok : Status::launch_failed;
+  cudaLaunchConfig_t config = {};
+  config.gridDim = grid;
+  config.blockDim = 32 * kTile.warps();
+  config.dynamicSmemBytes = smem;
+  config.stream = stream;
+  cudaLaunchAttribute attribute;
+  attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  attribute.val.programmaticStreamSerializationAllowed = 1;
+  config.attrs = &attribute;
+  config.numAttrs = overlap ? 1 : 0;
+  return cudaLaunchKernelEx(&config, kernel, args) == cudaSuccess ? Status::ok : Status::launch_failed;
 }
 
 template <int... kIdx>
-Status launch_any(const Args& args, int grid, int tile_idx, cudaStream_t stream, std::integer_sequence<int, kIdx...>) {
+Status launch_any(const Args& args, int grid, bool overlap, int least_smem, int tile_idx, cudaStream_t stream,
+                  std::integer_sequence<int, kIdx...>) {
   Status status = Status::no_config;
-  ((tile_idx == kIdx && (status = launch<kIdx>(args, grid, stream), true)) || ...);
+  ((tile_idx == kIdx && (status = launch<kIdx>(args, grid, overlap, least_smem, stream), true)) || ...);
   return status;
 }
 
 }  // namespace
 
-Status run_sm80(const Problem& p, const Config& config, int32_t* locks, float* partials, void* stream) {
+Status run_sm80(const Problem& p, const Config& config, bool overlap, int32_t* locks, float* partials, void* stream) {
   // Offsets inside a tile, and of scales, are 32-bit; the index of a stage in the line is an int.
   constexpr int64_t kMaxSize = int64_t{1} << 22, kMaxTotal = INT_MAX / 2;
   const Status status = check_for_cuda(p);
@@ -866,8 +926,8 @@ Status run_sm80(const Problem& p, const Config& config, int32_t* locks, float* p
     rest.M = p.M - head;
     rest.A = static_cast<const half*>(p.A) + head * p.lda;
     rest.C = static_cast<half*>(p.C) + head * p.N_C;
-    const Status head_status = run_sm80(first, config, locks, partials, stream);
-    return head_status != Status::ok ? head_status : run_sm80(rest, config, locks, partials, stream);
+    const Status head_status = run_sm80(first, config, overlap, locks, partials, stream);
+    return head_status != Status::ok ? head_status : run_sm80(rest, config, overlap, locks, partials, stream);
   }
   const int64_t total = stages * slices * token_tiles;
   const int grid = static_cast<int>(total < config.grid ? total : config.grid);
@@ -885,7 +945,15 @@ Status run_sm80(const Problem& p, const Config& config, int32_t* locks, float* p
   args.wide_c = p.N_C % 4 == 0 && is_aligned(p.C, 8);
   args.locks = locks;
   args.partials = partials;
-  return launch_any(args, grid, config.tile_idx, static_cast<cudaStream_t>(stream),
+  // CTAs that begin early go where there is room: without so much shared memory that only one fits on a multiprocessor, they
+  // pile up on some (docs/tried.md).
+  int device = 0, sm_bytes = 0;
+  const auto kPerSm = cudaDevAttrMaxSharedMemoryPerMultiprocessor;
+  if (overlap &&
+      (cudaGetDevice(&device) != cudaSuccess || cudaDeviceGetAttribute(&sm_bytes, kPerSm, device) != cudaSuccess)) {
+    return Status::launch_failed;
+  }
+  return launch_any(args, grid, overlap, sm_bytes / 2, config.tile_idx, static_cast<cudaStream_t>(stream),
                     std::make_integer_sequence<int, kNumTiles>());
 }
 
