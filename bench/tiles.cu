@@ -129,7 +129,7 @@ void print_tile(const Tile& tile, const Config& config) {
 
 #else
 
-constexpr bool kOverlap = false;  // alone
+constexpr bool kOverlap = false;  // as its constants were fitted
 
 int tile_tokens(const Tile& tile) { return tile.tokens(); }
 
@@ -139,8 +139,8 @@ std::vector<Config> ways(const Problem& p, int tile_idx, int num_sms) {
   const int64_t tiles = ceil_div(p.N, tile.features()) * ceil_div(p.M, tile.tokens());
   int even = num_sms;
   while (tiles % even != 0 && even % tiles != 0) --even;
-  std::vector<Config> configs = {make_candidate(p, tile_idx, even).config};
-  if (even < num_sms) configs.push_back(make_candidate(p, tile_idx, num_sms).config);
+  std::vector<Config> configs = {make_config(p, tile_idx, even)};
+  if (even < num_sms) configs.push_back(make_config(p, tile_idx, num_sms));
   return configs;
 }
 

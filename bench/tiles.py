@@ -5,7 +5,7 @@
     python bench/tiles.py --backend sm90 ...       # of csrc/marlin_sm90.cu; or sm90_few
 
 Prints the rows of kTiles, and what the choice by them costs over the best tile of each row. The
-models are those of make_candidate in the kernel files. Depends on numpy and scipy; to measure, also
+models are those of make_config in the kernel files. Depends on numpy and scipy; to measure, also
 on nvcc and a GPU.
 """
 

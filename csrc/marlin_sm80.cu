@@ -96,13 +96,8 @@ constexpr int kNumTiles = sizeof(kTiles) / sizeof(kTiles[0]);
 
 constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// A tile and a number of CTAs as a Config, and the time that the fit predicts.
-struct Candidate {
-  Config config;
-  float us;
-};
-
-Candidate make_candidate(const Problem& p, int tile_idx, int grid) {
+// A tile, and CTAs that divide the tiles of C among them, with the time that the fit predicts.
+Config make_config(const Problem& p, int tile_idx, int grid) {
   constexpr float kStartUs = 2.2f, kBytesPerUs = 4.3e6f;  // of the same fit
   const TileCost& cost = kTiles[tile_idx];
   const int features = cost.tile.features(), tokens = cost.tile.tokens();
@@ -113,27 +108,27 @@ Candidate make_candidate(const Problem& p, int tile_idx, int grid) {
   // the tiles that a CTA shares with others: none, one if every tile is cut alike, else that of either end of its stripe
   const int shared = tiles % grid == 0 ? 0 : grid % tiles == 0 ? 1 : 2;
 
-  Candidate candidate;
-  candidate.config.tile_idx = tile_idx;
-  candidate.config.features = features;
-  candidate.config.tokens = tokens;
-  candidate.config.grid = grid;
-  candidate.config.num_locks = shared == 0 ? 0 : grid;
-  candidate.config.num_partials = shared == 0 ? 0 : int64_t{2} * grid * features * tokens;
+  Config config;
+  config.tile_idx = tile_idx;
+  config.features = features;
+  config.tokens = tokens;
+  config.grid = grid;
+  config.num_locks = shared == 0 ? 0 : grid;
+  config.num_partials = shared == 0 ? 0 : int64_t{2} * grid * features * tokens;
 
   const float rounds = static_cast<float>(ceil_div(stripe, cost.tile.teams) * cost.tile.teams);
   const float ends = static_cast<float>(shared == 0 ? stripe / stages : shared + (stripe - 1) / stages);
   const float compute_us = rounds * cost.stage_us + ends * cost.tile_us;
   const float memory_us = static_cast<float>(p.K * p.N / 2) / kBytesPerUs;
-  candidate.us = kStartUs + (compute_us > memory_us ? compute_us : memory_us) + shared * cost.shared_us;
-  return candidate;
+  config.us = kStartUs + (compute_us > memory_us ? compute_us : memory_us) + shared * cost.shared_us;
+  return config;
 }
 
 }  // namespace
 
 Config choose_config_sm80(const Problem& p, const Device& device, const Hints& hints) {
-  Candidate best;
-  if (p.M == 0) return best.config;
+  Config best;
+  if (p.M == 0) return best;
   const bool wished = hints.num_sms != -1;
   const int most = wished && hints.num_sms < device.num_sms ? hints.num_sms : device.num_sms;
   for (int i = 0; i < kNumTiles; ++i) {
@@ -145,11 +140,11 @@ Config choose_config_sm80(const Problem& p, const Device& device, const Hints& h
     int even = most;  // the most CTAs of which each has whole tiles, or each tile the same number of CTAs
     while (!wished && tiles % even != 0 && even % tiles != 0) --even;
     for (const int grid : {even, most}) {
-      const Candidate candidate = make_candidate(p, i, grid);
-      if (best.config.tile_idx == -1 || candidate.us < best.us) best = candidate;
+      const Config config = make_config(p, i, grid);
+      if (best.tile_idx == -1 || config.us < best.us) best = config;
     }
   }
-  return best.config;
+  return best;
 }
 
 }  // namespace marlin
@@ -878,7 +873,14 @@ Status launch(const Args& args, int grid, bool overlap, int least_smem, cudaStre
   constexpr Tile kTile = kTiles[kIdx].tile;
   const auto kernel =
       marlin_kernel<kTile.blocks_n, kTile.blocks_m, kTile.warps_n, kTile.warps_m, kTile.teams, kTile.stages>;
-  const int smem = kTile.smem_bytes() > least_smem ? kTile.smem_bytes() : least_smem;
+  if (overlap) {  // made for older GPUs and translated for this one, the kernel would not wait
+    static const int kPtxVersion = [kernel] {
+      cudaFuncAttributes attributes;
+      return cudaFuncGetAttributes(&attributes, kernel) == cudaSuccess ? attributes.ptxVersion : 0;
+    }();
+    overlap = kPtxVersion >= 90;
+  }
+  const int smem = overlap && kTile.smem_bytes() < least_smem ? least_smem : kTile.smem_bytes();
   if (cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, smem) != cudaSuccess) {
     return Status::launch_failed;
   }
