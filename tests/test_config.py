@@ -30,7 +30,7 @@ def choose(M, N, K, device, group=-1, **hints):
 
 def check(config, device):
     assert config["tile_idx"] >= 0
-    assert config["features"] in (64, 128, 256)
+    assert config["features"] in (64, 96, 128, 256)
     assert config["tokens"] > 0 and config["tokens"] % 8 == 0
     assert 1 <= config["grid"] <= 4 * device[1]  # a persistent grid: a few CTAs on each SM
     assert config["num_locks"] >= 0 and config["num_partials"] >= 0
