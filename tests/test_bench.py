@@ -425,7 +425,7 @@ def test_plots_are_drawn_from_a_result_file(tmp_path: Path) -> None:
 CHOICES = [
     ("sm80", "nvidia-h200.csv", "ctas", "grid", method.TOKENS, 1.004, 1.08),
     # 12% at 4096x28672, M = 32, 4% elsewhere at most: a constant was moved towards other chips' times.
-    ("sm90", "nvidia-h200-sm90.csv", "stripes", "stripes", method.TOKENS[3:], 1.004, 1.13),
+    ("sm90", "nvidia-h200-sm90.csv", "stripes", "stripes", method.TOKENS[3:], 1.005, 1.13),
     ("sm90_few", "nvidia-h200-sm90_few.csv", "ctas", "grid", method.TOKENS[:3], 1.002, 1.02),
 ]
 
