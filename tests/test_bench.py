@@ -424,7 +424,7 @@ def test_plots_are_drawn_from_a_result_file(tmp_path: Path) -> None:
 # Config), the M it is chosen for; what the choice may take over the best (docs/kernel.md).
 CHOICES = [
     ("sm80", "nvidia-h200.csv", "ctas", "grid", method.TOKENS, 1.004, 1.08),
-    # 12% at 4096x28672, M = 32, 4% elsewhere at most: a constant was moved towards other chips' times.
+    # 12% at 4096x28672, M = 32, where a constant was moved towards other chips; else 4% at most.
     ("sm90", "nvidia-h200-sm90.csv", "stripes", "stripes", method.TOKENS[3:], 1.005, 1.13),
     ("sm90_few", "nvidia-h200-sm90_few.csv", "ctas", "grid", method.TOKENS[:3], 1.002, 1.02),
 ]
