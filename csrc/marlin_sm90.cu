@@ -66,10 +66,10 @@ struct Tile {
     const int exchange = exchange_bytes(exchange_blocks());
     return exchange > patches ? exchange : patches;
   }
-  // What is on its way from memory must outweigh what the teams are working on; more than 8 only delays the first.
+  // What is on its way from memory must outweigh what the teams are working on; more than 8 of k128 only delay the first.
   MARLIN_HD constexpr int stages() const {
     const int most = (SMEM_BYTES - 2048 - scratch_bytes() - inbox_bytes()) / stage_bytes();
-    return most < 8 ? most : 8;
+    return most < 64 / steps ? most : 64 / steps;
   }
   // Registers of a thread: what the launch gives all alike, and what producer and consumers have where that is too little.
   MARLIN_HD constexpr int launch_registers() const { return 512 / (consumers() / 128 + 1) / 8 * 8; }
@@ -102,7 +102,7 @@ constexpr TileCost kTiles[] = {
     {{1, 16, 1, 4, 2, 8}, 0.3595f, 1.44f, 0.83f, 0.00f},
     {{2, 16, 1, 3, 2, 8}, 0.4827f, 0.53f, 1.11f, 1.38f},
     // 32
-    {{4, 32, 1, 2, 1, 8}, 0.7566f, 0.89f, 0.56f, 3.60f},
+    {{4, 32, 1, 2, 1, 8}, 0.7566f, 0.89f, 0.56f, 4.99f},
     {{1, 32, 1, 4, 2, 8}, 0.2778f, 1.93f, 0.61f, 1.25f},
     {{2, 32, 1, 3, 2, 8}, 0.4447f, 1.62f, 0.87f, 1.67f},
     // 48
@@ -229,6 +229,11 @@ __device__ inline void barrier_wait(uint32_t barrier, int parity) {
                  : "r"(barrier), "r"(parity)
                  : "memory");
   } while (done == 0);
+}
+
+// The map itself comes from memory, too: ahead of its first use.
+__device__ inline void prefetch_map(const CUtensorMap& map) {
+  asm volatile("prefetch.tensormap [%0];" ::"l"(&map) : "memory");
 }
 
 // A box of a matrix, its corner at column x, row y; what lies outside of the matrix arrives as zeros.
@@ -401,17 +406,18 @@ __device__ inline void dequantise(uint32_t (&left)[4], uint32_t word, uint32_t s
 struct Args {
   CUtensorMap a_map, b_map, s_map;
   Problem p;
-  int k_stages;      // stages in a tile of C
-  int token_tiles;   // tiles of C along the tokens
-  int slices;        // and along the features
-  int band;          // token tiles that are worked off together, slice by slice
-  int whole_tiles;   // dealt out in rounds
-  int stripes;       // clusters that have one
-  int stripe;        // stages of it ...
-  int longer;        // ... and one more for this many first ones
-  int group_shift;   // rows of scales: stage_k >> shift in a stage, or ...
-  int group_stages;  // ... one in this many stages; 0 for channelwise
-  bool wide_c;       // C takes 16-byte stores
+  int k_stages;          // stages in a tile of C
+  int token_tiles;       // tiles of C along the tokens
+  int slices;            // and along the features
+  int band;              // token tiles that are worked off together, slice by slice
+  int whole_tiles;       // dealt out in rounds
+  int stripes;           // clusters that have one
+  int stripe;            // stages of it ...
+  int longer;            // ... and one more for this many first ones
+  int group_shift;       // rows of scales: stage_k >> shift in a stage, or ...
+  int group_stages;      // ... one in this many stages; 0 for channelwise
+  uint32_t group_magic;  // ceil(2^32 / group_stages), which divides by __umulhi; 0 if that is 1 or 0
+  bool wide_c;           // C takes 16-byte stores
   int32_t* locks;
   float* partials;
 };
@@ -520,7 +526,10 @@ __global__ void __launch_bounds__(128 * (kGroups * kTeams + 1), 1) marlin_kernel
       asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(kTile.producer_registers()));
     if (lane != 0 || warp > 1) return;
     int stage = 0, parity = 1;
-    if (warp == 1) wait_for_previous_kernel();  // A may be its output; weights never are
+    if (warp == 1) {
+      prefetch_map(args.a_map);
+      wait_for_previous_kernel();  // A may be its output; weights never are
+    }
     while (walk.next(args, segment)) {
       const Corner corner = corner_of(args, segment.tile, kFeatures, kTokens);
       for (int k = segment.begin * kCluster + rank; k < segment.end * kCluster; k += kCluster) {
@@ -531,7 +540,8 @@ __global__ void __launch_bounds__(128 * (kGroups * kTeams + 1), 1) marlin_kernel
           barrier_expect(done, kBBytes + scale_bytes);
           copy_box(a_smem + kABytes, args.b_map, corner.n0, k * kSteps, done);
           if (scale_bytes > 0) {
-            const int row = args.group_stages > 1 ? k / args.group_stages : k * (kStageK >> args.group_shift);
+            // a division would take as long as the stage
+            const int row = args.group_magic != 0 ? __umulhi(k, args.group_magic) : k * (kStageK >> args.group_shift);
             copy_box(scales + stage * kTile.s_bytes(), args.s_map, corner.n0, row, done);
           }
         } else {
@@ -1043,6 +1053,9 @@ Status run_sm90(const Problem& p, const Config& config, bool overlap, int32_t* l
     args.group_shift = 0;
     while (tile.stage_k() >> args.group_shift > rows) ++args.group_shift;
     args.group_stages = static_cast<int>(p.group < tile.stage_k() ? 1 : p.group / tile.stage_k());
+    if (args.group_stages > 1) {
+      args.group_magic = static_cast<uint32_t>(ceil_div(int64_t{1} << 32, args.group_stages));
+    }
   }
   args.wide_c = p.N_C % 8 == 0 && is_aligned(p.C, 16);
   args.locks = locks;

@@ -593,6 +593,7 @@ __global__ void __launch_bounds__(32 * kWarps, kPerSm) marlin_kernel(const __gri
 #pragma unroll
       for (int i = 0; i < kStages; ++i) barrier_init(a_full + 8 * i, 1);
       asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+      asm volatile("prefetch.tensormap [%0];" ::"l"(&args.a_map) : "memory");  // it comes from memory, too
     }
     __syncwarp();
   }
