@@ -94,8 +94,6 @@ constexpr TileCost kTiles[] = {
 };
 constexpr int kNumTiles = sizeof(kTiles) / sizeof(kTiles[0]);
 
-constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
 // A tile, and CTAs that divide the tiles of C among them, with the time that the fit predicts.
 Config make_config(const Problem& p, int tile_idx, int grid) {
   constexpr float kStartUs = 2.2f, kBytesPerUs = 4.3e6f;  // of the same fit
@@ -163,17 +161,6 @@ namespace {
 // PTX
 // ---------------------------------------------------------------------------------------------------------------------
 
-__device__ inline uint32_t smem_address(const void* p) { return static_cast<uint32_t>(__cvta_generic_to_shared(p)); }
-
-// .cg: past L1, nothing here is read twice by an SM. src_bytes < 16 fills the rest with zeros.
-__device__ inline void cp_async16(uint32_t smem, const void* gmem, int src_bytes) {
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(smem), "l"(gmem), "r"(src_bytes) : "memory");
-}
-
-__device__ inline void cp_async16(uint32_t smem, const void* gmem) {
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(smem), "l"(gmem) : "memory");
-}
-
 // Counts up, publishes what the CTA wrote before, and sees what those wrote who counted before.
 __device__ inline int fetch_add_acq_rel(int32_t* gmem, int value) {
   int old;
@@ -190,57 +177,13 @@ __device__ inline int load_relaxed(const int32_t* gmem) {
 
 __device__ inline void fence_acq_rel() { asm volatile("fence.acq_rel.gpu;" ::: "memory"); }
 
-__device__ inline void cp_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
-
-template <int kPending>
-__device__ inline void cp_async_wait() {
-  asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
-}
-
-__device__ inline void load_smem(uint32_t (&v)[4], uint32_t smem) {
-  asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
-               : "=r"(v[0]), "=r"(v[1]), "=r"(v[2]), "=r"(v[3])
-               : "r"(smem)
-               : "memory");
-}
-
-__device__ inline void load_smem(uint32_t (&v)[2], uint32_t smem) {
-  asm volatile("ld.shared.v2.u32 {%0, %1}, [%2];" : "=r"(v[0]), "=r"(v[1]) : "r"(smem) : "memory");
-}
-
 __device__ inline void load_smem(uint32_t& v, uint32_t smem) {
   asm volatile("ld.shared.u32 %0, [%1];" : "=r"(v) : "r"(smem) : "memory");
-}
-
-__device__ inline void store_smem16(uint32_t smem, uint32_t word) {
-  asm volatile("st.shared.v4.u32 [%0], {%1, %1, %1, %1};" ::"r"(smem), "r"(word) : "memory");
-}
-
-// Two right operands: two n8 blocks of tokens x k16, or one x k32.
-__device__ inline void ldmatrix_x4(uint32_t (&first)[2], uint32_t (&second)[2], uint32_t smem) {
-  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
-               : "=r"(first[0]), "=r"(first[1]), "=r"(second[0]), "=r"(second[1])
-               : "r"(smem)
-               : "memory");
-}
-
-// Not volatile: registers in, registers out, free to move.
-__device__ inline void mma_m16n8k16(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
-  asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, "
-      "%3};"
-      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 }
 
 // x in a register for good: the compiler would rather make it anew, from the thread's index, in every turn of the loop. It
 // cannot see through a shuffle.
 __device__ inline uint32_t keep(uint32_t x) { return __shfl_sync(0xffffffff, x, threadIdx.x % 32); }
-
-// x in a register, once: the compiler would make it again for each predicated copy that needs it.
-__device__ inline uint32_t made(uint32_t x) {
-  asm volatile("" : "+r"(x));
-  return x;
-}
 
 // threadIdx.x, read anew: what a tile's end makes of it is not kept in registers through the main loop.
 __device__ inline int thread_anew() {
@@ -259,33 +202,9 @@ __device__ inline void barrier(int id) {
   }
 }
 
-// Let the next kernel of the stream begin; wait until all of the previous one is done and its memory seen. From Hopper on.
-__device__ inline void launch_dependents() {
-#if __CUDA_ARCH__ >= 900
-  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
-#endif
-}
-
-__device__ inline void wait_for_previous_kernel() {
-#if __CUDA_ARCH__ >= 900
-  asm volatile("griddepcontrol.wait;" ::: "memory");
-#endif
-}
-
-// (word & mask) | bits in one instruction: 0xea is the truth table of (a & b) | c.
-template <uint32_t kMask, uint32_t kBits>
-__device__ inline uint32_t and_or(uint32_t word) {
-  uint32_t r;
-  asm("lop3.b32 %0, %1, %2, %3, 0xea;" : "=r"(r) : "r"(word), "n"(kMask), "n"(kBits));
-  return r;
-}
-
 // ---------------------------------------------------------------------------------------------------------------------
 // Dequantise
 // ---------------------------------------------------------------------------------------------------------------------
-
-__device__ inline half2 as_half2(uint32_t bits) { return *reinterpret_cast<half2*>(&bits); }
-__device__ inline uint32_t as_bits(half2 h) { return *reinterpret_cast<uint32_t*>(&h); }
 
 // One register of a left operand: two of a word's eight values as q - 8, exactly. Register 0: features g, k 2t and 2t + 1;
 // 1: features g + 8; 2 and 3: the same at k + 8.

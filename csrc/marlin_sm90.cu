@@ -125,8 +125,6 @@ constexpr TileCost kTiles[] = {
 };
 constexpr int kNumTiles = sizeof(kTiles) / sizeof(kTiles[0]);
 
-constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
 constexpr bool takes_group(const Tile& tile, const Problem& p) {
   if (p.group == p.K || p.group % tile.stage_k() == 0) return true;
   return p.group >= MIN_GROUP && tile.stage_k() % p.group == 0;
@@ -206,59 +204,6 @@ namespace {
 // PTX
 // ---------------------------------------------------------------------------------------------------------------------
 
-__device__ inline uint32_t smem_address(const void* p) { return static_cast<uint32_t>(__cvta_generic_to_shared(p)); }
-
-__device__ inline void barrier_init(uint32_t barrier, int arrivals) {
-  asm volatile("mbarrier.init.shared.b64 [%0], %1;" ::"r"(barrier), "r"(arrivals) : "memory");
-}
-
-__device__ inline void barrier_arrive(uint32_t barrier) {
-  asm volatile("mbarrier.arrive.shared.b64 _, [%0];" ::"r"(barrier) : "memory");
-}
-
-// Arrives, and makes the barrier wait for that many bytes of copies too.
-__device__ inline void barrier_expect(uint32_t barrier, int bytes) {
-  asm volatile("mbarrier.arrive.expect_tx.shared.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
-}
-
-__device__ inline void barrier_wait(uint32_t barrier, int parity) {
-  uint32_t done;
-  do {
-    asm volatile("{ .reg .pred p; mbarrier.try_wait.parity.shared.b64 p, [%1], %2; selp.u32 %0, 1, 0, p; }"
-                 : "=r"(done)
-                 : "r"(barrier), "r"(parity)
-                 : "memory");
-  } while (done == 0);
-}
-
-// The map itself comes from memory, too: ahead of its first use.
-__device__ inline void prefetch_map(const CUtensorMap& map) {
-  asm volatile("prefetch.tensormap [%0];" ::"l"(&map) : "memory");
-}
-
-// A box of a matrix, its corner at column x, row y; what lies outside of the matrix arrives as zeros.
-__device__ inline void copy_box(uint32_t smem, const CUtensorMap& map, int x, int y, uint32_t barrier) {
-  asm volatile(
-      "cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3}], [%4];" ::
-          "r"(smem),
-      "l"(&map), "r"(x), "r"(y), "r"(barrier)
-      : "memory");
-}
-
-template <int kWords>
-__device__ inline void load_smem(uint32_t (&v)[kWords], uint32_t smem) {
-  if constexpr (kWords == 4) {
-    asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
-                 : "=r"(v[0]), "=r"(v[1]), "=r"(v[2]), "=r"(v[3])
-                 : "r"(smem)
-                 : "memory");
-  } else if constexpr (kWords == 2) {
-    asm volatile("ld.shared.v2.u32 {%0, %1}, [%2];" : "=r"(v[0]), "=r"(v[1]) : "r"(smem) : "memory");
-  } else {
-    asm volatile("ld.shared.u32 %0, [%1];" : "=r"(v[0]) : "r"(smem) : "memory");
-  }
-}
-
 __device__ inline void store_smem(uint32_t smem, const float* v) {
   asm volatile("st.shared.v4.f32 [%0], {%1, %2, %3, %4};" ::"r"(smem), "f"(v[0]), "f"(v[1]), "f"(v[2]), "f"(v[3])
                : "memory");
@@ -320,10 +265,6 @@ __device__ inline void wgmma_wait() {
   asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(kPending) : "memory");
 }
 
-// Let the next kernel of the stream begin; wait until all of the previous one is done and its memory seen.
-__device__ inline void launch_dependents() { asm volatile("griddepcontrol.launch_dependents;" ::: "memory"); }
-__device__ inline void wait_for_previous_kernel() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
-
 // The operands of the instruction, four accumulators (eight tokens) at a time.
 #define D4(i) "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3])
 #define D8(i) D4(i), D4(i + 4)
@@ -367,17 +308,6 @@ __device__ inline uint64_t tokens_descriptor(uint32_t low) {
 // ---------------------------------------------------------------------------------------------------------------------
 // Dequantise
 // ---------------------------------------------------------------------------------------------------------------------
-
-__device__ inline half2 as_half2(uint32_t bits) { return *reinterpret_cast<half2*>(&bits); }
-__device__ inline uint32_t as_bits(half2 h) { return *reinterpret_cast<uint32_t*>(&h); }
-
-// (word & mask) | bits in one instruction: 0xea is the truth table of (a & b) | c.
-template <uint32_t kMask, uint32_t kBits>
-__device__ inline uint32_t and_or(uint32_t word) {
-  uint32_t r;
-  asm("lop3.b32 %0, %1, %2, %3, 0xea;" : "=r"(r) : "r"(word), "n"(kMask), "n"(kBits));
-  return r;
-}
 
 // The eight weights of a word as a left operand: registers 0 and 2 are feature g (k 2t, 2t + 1, and the same + 8), 1 and 3
 // feature g + 8; exactly q - 8, or that times the scales: that of g lies below that of g + 8.
@@ -954,34 +884,6 @@ __global__ void __launch_bounds__(128 * (kGroups * kTeams + 1), 1) marlin_kernel
 // Host
 // ---------------------------------------------------------------------------------------------------------------------
 
-using Encode = decltype(&cuTensorMapEncodeTiled);
-
-// The driver's function, found through the runtime: nothing more to link.
-Encode find_encode() {
-  void* function = nullptr;
-  cudaDriverEntryPointQueryResult result;
-#if CUDART_VERSION >= 12050
-  const cudaError_t error =
-      cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &function, 12000, cudaEnableDefault, &result);
-#else
-  const cudaError_t error = cudaGetDriverEntryPoint("cuTensorMapEncodeTiled", &function, cudaEnableDefault, &result);
-#endif
-  return error == cudaSuccess ? reinterpret_cast<Encode>(function) : nullptr;
-}
-
-// A row-major matrix whose rows lie `pitch` bytes apart, copied in boxes of box_rows x box_columns.
-bool encode(CUtensorMap* map, CUtensorMapDataType type, const void* data, int64_t rows, int64_t columns, int64_t pitch,
-            int box_rows, int box_columns, CUtensorMapSwizzle swizzle) {
-  static const Encode kEncode = find_encode();
-  const cuuint64_t sizes[2] = {static_cast<cuuint64_t>(columns), static_cast<cuuint64_t>(rows)};
-  const cuuint64_t pitches[1] = {static_cast<cuuint64_t>(pitch)};
-  const cuuint32_t box[2] = {static_cast<cuuint32_t>(box_columns), static_cast<cuuint32_t>(box_rows)};
-  const cuuint32_t strides[2] = {1, 1};
-  return kEncode != nullptr &&
-         kEncode(map, type, 2, const_cast<void*>(data), sizes, pitches, box, strides, CU_TENSOR_MAP_INTERLEAVE_NONE,
-                 swizzle, CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE) == CUDA_SUCCESS;
-}
-
 template <int kIdx>
 Status launch(const Args& args, int grid, bool overlap, cudaStream_t stream) {
   constexpr Tile kTile = kTiles[kIdx].tile;
@@ -1061,13 +963,12 @@ Status run_sm90(const Problem& p, const Config& config, bool overlap, int32_t* l
   args.locks = locks;
   args.partials = partials;
 
-  const int64_t lda = p.M == 1 ? ceil_div(p.lda, 8) * 8 : p.lda;
-  const bool encoded = encode(&args.a_map, CU_TENSOR_MAP_DATA_TYPE_FLOAT16, p.A, p.M, p.K_A, 2 * lda, tile.tokens, 64,
-                              CU_TENSOR_MAP_SWIZZLE_128B) &&
-                       encode(&args.b_map, CU_TENSOR_MAP_DATA_TYPE_INT64, p.B, p.K / TILE_K, p.N, 8 * p.N, tile.steps,
-                              tile.features(), CU_TENSOR_MAP_SWIZZLE_NONE) &&
-                       encode(&args.s_map, CU_TENSOR_MAP_DATA_TYPE_FLOAT16, p.s, p.K / p.group, p.N, 2 * p.N, rows,
-                              tile.features(), CU_TENSOR_MAP_SWIZZLE_NONE);
+  const bool encoded = encode_map(&args.a_map, CU_TENSOR_MAP_DATA_TYPE_FLOAT16, p.A, p.M, p.K_A, pitch_of_a(p),
+                                  tile.tokens, 64, CU_TENSOR_MAP_SWIZZLE_128B) &&
+                       encode_map(&args.b_map, CU_TENSOR_MAP_DATA_TYPE_INT64, p.B, p.K / TILE_K, p.N, 8 * p.N,
+                                  tile.steps, tile.features(), CU_TENSOR_MAP_SWIZZLE_NONE) &&
+                       encode_map(&args.s_map, CU_TENSOR_MAP_DATA_TYPE_FLOAT16, p.s, p.K / p.group, p.N, 2 * p.N, rows,
+                                  tile.features(), CU_TENSOR_MAP_SWIZZLE_NONE);
   if (!encoded) return Status::launch_failed;
   return launch_any(args, config.grid, overlap, config.tile_idx, static_cast<cudaStream_t>(stream),
                     std::make_integer_sequence<int, kNumTiles>());

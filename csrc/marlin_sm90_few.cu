@@ -69,8 +69,6 @@ constexpr TileCost kTiles[] = {
 };
 constexpr int kNumTiles = sizeof(kTiles) / sizeof(kTiles[0]);
 
-constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
 // Groups that a stage has one or two of; offsets that fit 32 bits, and divisors that __umulhi divides by exactly.
 constexpr bool takes(const Problem& p) {
   constexpr int64_t kMaxSize = int64_t{1} << 22, kMaxProduct = int64_t{1} << 32;
@@ -151,98 +149,6 @@ namespace {
 // PTX
 // ---------------------------------------------------------------------------------------------------------------------
 
-__device__ inline uint32_t smem_address(const void* p) { return static_cast<uint32_t>(__cvta_generic_to_shared(p)); }
-
-// .cg: past L1, nothing here is read twice by an SM. src_bytes < 16 fills the rest with zeros.
-__device__ inline void cp_async16(uint32_t smem, const void* gmem, int src_bytes) {
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(smem), "l"(gmem), "r"(src_bytes) : "memory");
-}
-
-__device__ inline void cp_async16(uint32_t smem, const void* gmem) {
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(smem), "l"(gmem) : "memory");
-}
-
-__device__ inline void cp_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
-
-template <int kPending>
-__device__ inline void cp_async_wait() {
-  asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
-}
-
-__device__ inline void load_smem(uint32_t (&v)[4], uint32_t smem) {
-  asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
-               : "=r"(v[0]), "=r"(v[1]), "=r"(v[2]), "=r"(v[3])
-               : "r"(smem)
-               : "memory");
-}
-
-__device__ inline void store_smem16(uint32_t smem, uint32_t word) {
-  asm volatile("st.shared.v4.u32 [%0], {%1, %1, %1, %1};" ::"r"(smem), "r"(word) : "memory");
-}
-
-// Two right operands: 8 tokens x k32.
-__device__ inline void ldmatrix_x4(uint32_t (&first)[2], uint32_t (&second)[2], uint32_t smem) {
-  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
-               : "=r"(first[0]), "=r"(first[1]), "=r"(second[0]), "=r"(second[1])
-               : "r"(smem)
-               : "memory");
-}
-
-// Not volatile: registers in, registers out, free to move.
-__device__ inline void mma_m16n8k16(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
-  asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, "
-      "%3};"
-      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
-}
-
-__device__ inline void barrier_init(uint32_t barrier, int arrivals) {
-  asm volatile("mbarrier.init.shared.b64 [%0], %1;" ::"r"(barrier), "r"(arrivals) : "memory");
-}
-
-__device__ inline void barrier_arrive(uint32_t barrier) {
-  asm volatile("mbarrier.arrive.shared.b64 _, [%0];" ::"r"(barrier) : "memory");
-}
-
-// Arrives, and makes the barrier wait for that many bytes too.
-__device__ inline void barrier_expect(uint32_t barrier, int bytes) {
-  asm volatile("mbarrier.arrive.expect_tx.shared.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
-}
-
-__device__ inline void barrier_wait(uint32_t barrier, int parity) {
-  uint32_t done;
-  do {
-    asm volatile("{ .reg .pred p; mbarrier.try_wait.parity.shared.b64 p, [%1], %2; selp.u32 %0, 1, 0, p; }"
-                 : "=r"(done)
-                 : "r"(barrier), "r"(parity)
-                 : "memory");
-  } while (done == 0);
-}
-
-// x in a register for good: the compiler would rather make it anew, in every turn of the loop.
-template <typename T>
-__device__ inline T made(T x) {
-  asm volatile("" : "+r"(x));
-  return x;
-}
-
-// (word & mask) | bits in one instruction: 0xea is the truth table of (a & b) | c.
-template <uint32_t kMask, uint32_t kBits>
-__device__ inline uint32_t and_or(uint32_t word) {
-  uint32_t r;
-  asm("lop3.b32 %0, %1, %2, %3, 0xea;" : "=r"(r) : "r"(word), "n"(kMask), "n"(kBits));
-  return r;
-}
-
-// A box of a matrix, its corner at column x of row 0; what lies outside of the matrix arrives as zeros.
-__device__ inline void copy_box(uint32_t smem, const CUtensorMap& map, int x, uint32_t barrier) {
-  asm volatile(
-      "cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3}], [%4];" ::
-          "r"(smem),
-      "l"(&map), "r"(x), "r"(0), "r"(barrier)
-      : "memory");
-}
-
 // Two values that another CTA may write or read at the same time; each arrives whole.
 __device__ inline void store_relaxed(uint2* gmem, uint2 v) {
   asm volatile("st.relaxed.gpu.v2.u32 [%0], {%1, %2};" ::"l"(gmem), "r"(v.x), "r"(v.y) : "memory");
@@ -260,16 +166,9 @@ __device__ inline int fetch_add(int32_t* gmem, int value) {
   return old;
 }
 
-// Let the next kernel of the stream begin; wait until all of the previous one is done and its memory seen.
-__device__ inline void launch_dependents() { asm volatile("griddepcontrol.launch_dependents;" ::: "memory"); }
-__device__ inline void wait_for_previous_kernel() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
-
 // ---------------------------------------------------------------------------------------------------------------------
 // Dequantise
 // ---------------------------------------------------------------------------------------------------------------------
-
-__device__ inline half2 as_half2(uint32_t bits) { return *reinterpret_cast<half2*>(&bits); }
-__device__ inline uint32_t as_bits(half2 h) { return *reinterpret_cast<uint32_t*>(&h); }
 
 // A left operand, exactly q - 8: register 0: features g, k 2t and 2t + 1; 1: features g + 8; 2 and 3: the same at k + 8.
 // 0x6400 is fp16 1024 with a unit of 1 in its lowest bit, so 0x6400 | q is 1024 + q and 0x6400 | q << 4 is 1024 + 16 q.
@@ -377,7 +276,7 @@ __global__ void __launch_bounds__(32 * kWarps, kPerSm) marlin_kernel(const __gri
     if constexpr (kMapsA) {
       if (loads_left > 0 && lane == 0) {
         barrier_expect(a_full + 8 * slot_wr, kTile.a_bytes());
-        copy_box(a_ring + slot_wr * kTile.a_bytes(), args.a_map, load_k * STAGE_K, a_full + 8 * slot_wr);
+        copy_box(a_ring + slot_wr * kTile.a_bytes(), args.a_map, load_k * STAGE_K, 0, a_full + 8 * slot_wr);
       }
     } else if (loads_left > 0) {
       const uint32_t to = a_wr + stage_wr;
@@ -593,7 +492,7 @@ __global__ void __launch_bounds__(32 * kWarps, kPerSm) marlin_kernel(const __gri
 #pragma unroll
       for (int i = 0; i < kStages; ++i) barrier_init(a_full + 8 * i, 1);
       asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
-      asm volatile("prefetch.tensormap [%0];" ::"l"(&args.a_map) : "memory");  // it comes from memory, too
+      prefetch_map(args.a_map);
     }
     __syncwarp();
   }
@@ -647,33 +546,6 @@ __global__ void __launch_bounds__(32 * kWarps, kPerSm) marlin_kernel(const __gri
 // ---------------------------------------------------------------------------------------------------------------------
 // Host
 // ---------------------------------------------------------------------------------------------------------------------
-
-using Encode = decltype(&cuTensorMapEncodeTiled);
-
-// The driver's function, found through the runtime: nothing more to link.
-Encode find_encode() {
-  void* function = nullptr;
-  cudaDriverEntryPointQueryResult result;
-#if CUDART_VERSION >= 12050
-  const cudaError_t error =
-      cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &function, 12000, cudaEnableDefault, &result);
-#else
-  const cudaError_t error = cudaGetDriverEntryPoint("cuTensorMapEncodeTiled", &function, cudaEnableDefault, &result);
-#endif
-  return error == cudaSuccess ? reinterpret_cast<Encode>(function) : nullptr;
-}
-
-// A in boxes of 64 columns and all tokens, 128-byte swizzle.
-bool encode_a(CUtensorMap* map, const Problem& p, int tokens) {
-  static const Encode kEncode = find_encode();
-  const cuuint64_t sizes[2] = {static_cast<cuuint64_t>(p.K_A), static_cast<cuuint64_t>(p.M)};
-  const cuuint64_t pitch = 2 * static_cast<cuuint64_t>(p.M == 1 ? ceil_div(p.lda, 8) * 8 : p.lda);
-  const cuuint32_t box[2] = {STAGE_K, static_cast<cuuint32_t>(tokens)}, strides[2] = {1, 1};
-  return kEncode != nullptr &&
-         kEncode(map, CU_TENSOR_MAP_DATA_TYPE_FLOAT16, 2, const_cast<void*>(p.A), sizes, &pitch, box, strides,
-                 CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
-                 CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE) == CUDA_SUCCESS;
-}
 
 template <int kIdx>
 Status launch(const Args& args, int grid, bool overlap, cudaStream_t stream) {
@@ -736,7 +608,10 @@ Status run_sm90_few(const Problem& p, const Config& config, bool overlap, int32_
   args.n_c = p.N_C;
   args.parts = reinterpret_cast<uint2*>(locks);
   args.counters = locks + int64_t{2} * grid * TILE_N * tile.tokens;
-  if (tile.maps_a() && !encode_a(&args.a_map, p, tile.tokens)) return Status::launch_failed;
+  if (tile.maps_a() && !encode_map(&args.a_map, CU_TENSOR_MAP_DATA_TYPE_FLOAT16, p.A, p.M, p.K_A, pitch_of_a(p),
+                                   tile.tokens, STAGE_K, CU_TENSOR_MAP_SWIZZLE_128B)) {
+    return Status::launch_failed;
+  }
   return launch_any(args, grid, overlap, config.tile_idx, static_cast<cudaStream_t>(stream),
                     std::make_integer_sequence<int, kNumTiles>());
 }
