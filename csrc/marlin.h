@@ -197,6 +197,10 @@ __device__ inline void load_smem(uint32_t (&v)[kWords], uint32_t smem) {
   }
 }
 
+__device__ inline void load_smem(uint32_t& v, uint32_t smem) {
+  asm volatile("ld.shared.u32 %0, [%1];" : "=r"(v) : "r"(smem) : "memory");
+}
+
 __device__ inline void store_smem16(uint32_t smem, uint32_t word) {
   asm volatile("st.shared.v4.u32 [%0], {%1, %1, %1, %1};" ::"r"(smem), "r"(word) : "memory");
 }

@@ -177,10 +177,6 @@ __device__ inline int load_relaxed(const int32_t* gmem) {
 
 __device__ inline void fence_acq_rel() { asm volatile("fence.acq_rel.gpu;" ::: "memory"); }
 
-__device__ inline void load_smem(uint32_t& v, uint32_t smem) {
-  asm volatile("ld.shared.u32 %0, [%1];" : "=r"(v) : "r"(smem) : "memory");
-}
-
 // x in a register for good: the compiler would rather make it anew, from the thread's index, in every turn of the loop. It
 // cannot see through a shuffle.
 __device__ inline uint32_t keep(uint32_t x) { return __shfl_sync(0xffffffff, x, threadIdx.x % 32); }
