@@ -1,10 +1,9 @@
 // tiles.cu: the time of every tile of a kernel file at every shape: what its choose_config's constants are fitted to.
 //
 // Includes csrc/marlin_sm90.cu with -DSM90, csrc/marlin_sm90_few.cu with -DSM90_FEW, else csrc/marlin_sm80.cu, to reach all of
-// its table. bench/tiles.py compiles it,
-// runs it, and fits. Prints a line for each K, N, M, tile and way to deal it out: K,N,M,tile, the columns that
-// print_tile writes, us. Weights are cold: a graph of launches goes round copies of 256 MB or more in all. Of each timed
-// product 1024 elements are compared with float64.
+// its table. bench/tiles.py compiles it, runs it, and fits. Prints a line for each K, N, M, tile and way to deal it out:
+// K,N,M,tile, the columns that print_tile writes, us. Weights are cold: a graph of launches goes round copies of 256 MB or
+// more in all. Of each timed product 1024 elements are compared with float64.
 #include <algorithm>
 #include <cmath>
 #include <cstdio>

@@ -99,9 +99,8 @@ def test_columns_in_the_order_of_groups_are_sorted_and_stable(k, group, seed):
 
 @pytest.mark.parametrize("count", [1, 1 << 30])
 def test_bytes_do_not_depend_on_how_many_are_packed_at_a_time(count, monkeypatch):
-    q = torch.randint(
-        0, 16, (1040, 1088), dtype=torch.uint8
-    )  # three chunks of a CPU, the last short
+    # three chunks of a CPU, the last short
+    q = torch.randint(0, 16, (1040, 1088), dtype=torch.uint8)
     B = layout.pack_weights(q)
     monkeypatch.setattr(layout, "at_a_time", lambda usual, device: count)
     assert torch.equal(layout.pack_weights(q), B)

@@ -161,9 +161,8 @@ def test_hints_change_the_result_by_rounding_at_most(device, options):
 def test_arguments_may_be_positional_as_published(device):
     problem = make_problem(3, 256, 256, 128, device=device)
     C = torch.empty(3, 256, dtype=torch.half, device=device)
-    named = torch.empty_like(
-        C
-    )  # the same wishes: others may pick another kernel, which rounds otherwise
+    named = torch.empty_like(C)
+    # the same wishes: others may pick another kernel, which rounds otherwise
     wishes = {"thread_k": 64, "thread_n": 256, "sms": -1}
     assert marlin.mul(problem.A, problem.B, C, problem.s, problem.workspace, 64, 256, -1) is None
     marlin.mul(problem.A, problem.B, named, problem.s, workspace=problem.workspace, **wishes)
