@@ -233,7 +233,7 @@ enum class Backend : int { automatic, sm80, sm90, sm90_few };
 
 struct CudaOptions {
   std::atomic<Backend> backend{Backend::automatic};
-  std::atomic<bool> overlap{true};  // programmatic dependent launch, of the kernels that know it (Hopper's)
+  std::atomic<bool> overlap{true};  // programmatic dependent launch, on Hopper and newer
   std::atomic<int> tile_idx{-1};    // of the backend's table: for tests of each; -1 leaves the choice
 };
 

@@ -288,7 +288,6 @@ __device__ inline void wgmma_wait() {
 // d += a b, or d = a b: 64 features x kTokens tokens; a from registers, b a descriptor of shared memory.
 template <int kTokens, bool kAdd>
 __device__ inline void wgmma(float (&d)[kTokens / 2], const uint32_t (&a)[4], uint64_t b) {
-  WGMMA(8, TEXT4, "%4, %5, %6, %7", "%8", "%9", D4(0));
   WGMMA(16, TEXT8, "%8, %9, %10, %11", "%12", "%13", D8(0));
   WGMMA(32, TEXT16, "%16, %17, %18, %19", "%20", "%21", D16(0));
   WGMMA(48, TEXT24, "%24, %25, %26, %27", "%28", "%29", D16(0), D8(16));
