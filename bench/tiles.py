@@ -1,8 +1,8 @@
-"""Fits the constants of a kernel file's table of tiles to measured times.
+"""Fits the constants of the kernel files' tables of tiles to measured times.
 
     python bench/tiles.py --save bench/results/tiles/nvidia-h200.csv   # measures, about 15 s
     python bench/tiles.py --times bench/results/tiles/nvidia-h200.csv  # fits what was measured
-    python bench/tiles.py --backend sm90 ...       # of csrc/marlin_sm90.cu; or sm90_few
+    python bench/tiles.py --backend sm90 ...   # of both Hopper kernels, which are chosen between
 
 Prints the rows of kTiles, and what the choice by them costs over the best tile of each row. The
 models are those of make_config in the kernel files. Depends on numpy and scipy; to measure, also
@@ -31,7 +31,7 @@ START_US = 2.2
 Constants = tuple[float, ...]  # of a tile, in the order of predict's arguments
 Size = tuple[int, int, int]  # K, N, M
 BYTES_PER_US = 4.3e6
-NUDGES = 4000  # a minute
+NUDGES = 9000  # two minutes, twice
 
 
 @dataclass(frozen=True)
@@ -135,10 +135,21 @@ TIMES: dict[str, type[TimeSm80] | type[TimeSm90] | type[TimeSm90Few]] = {
     "sm90": TimeSm90,
     "sm90_few": TimeSm90Few,
 }
+KERNELS = {"sm80": ["sm80"], "sm90": ["sm90", "sm90_few"]}  # that a backend chooses between
+
+
+def kernel_of(tile: str, backend: str) -> str:
+    """Whose tile it is: those of sm90_few have four numbers, those of sm90 six."""
+    return "sm90_few" if backend == "sm90" and tile.count("x") == 3 else backend
 
 
 def measure(backend: str) -> str:
     """Compiles tiles.cu for this machine's GPU, runs it, returns its lines."""
+    return "".join(measure_kernel(kernel) for kernel in KERNELS[backend])
+
+
+def measure_kernel(backend: str) -> str:
+    """The same for one kernel file."""
     program = HERE.parent / "build" / "bench" / f"tiles-{backend}"
     program.parent.mkdir(parents=True, exist_ok=True)
     hopper = [f"-D{backend.upper()}", "-gencode=arch=compute_90a,code=sm_90a"]
@@ -152,7 +163,9 @@ def parse(lines: str, backend: str = "sm80") -> list[Any]:
     """The lines of tiles.cu; those that start with # are comments."""
     rows = csv.reader(line for line in lines.splitlines() if line and not line.startswith("#"))
     return [
-        TIMES[backend](*map(int, row[:3]), row[3], *map(int, row[4:-1]), float(row[-1]))
+        TIMES[kernel_of(row[3], backend)](
+            *map(int, row[:3]), row[3], *map(int, row[4:-1]), float(row[-1])
+        )
         for row in rows
     ]
 
@@ -200,14 +213,23 @@ def nudge(times: list[Any], constants: dict[str, Constants]) -> None:
             constants[tile] = old
 
 
-def table(backend: str) -> dict[str, Constants]:
-    """The constants that the kernel file has now, in the order of tile_idx."""
-    kernel = HERE.parent / "csrc" / f"marlin_{backend}.cu"
-    rows = re.findall(r"{{([\d, ]+)}, ([\d.f, ]+)}", kernel.read_text())
+def rows_of(kernel: str) -> dict[str, Constants]:
+    """The constants that a kernel file has now, in the order of tile_idx."""
+    text = (HERE.parent / "csrc" / f"marlin_{kernel}.cu").read_text()
     return {
         sizes.replace(", ", "x"): tuple(float(x.rstrip("f")) for x in numbers.split(", "))
-        for sizes, numbers in rows
+        for sizes, numbers in re.findall(r"{{([\d, ]+)}, ([\d.f, ]+)}", text)
     }
+
+
+def tiles_of(kernel: str) -> list[str]:
+    """The tiles of a kernel file: tile_idx counts them."""
+    return list(rows_of(kernel))
+
+
+def table(backend: str) -> dict[str, Constants]:
+    """The constants of all tiles that a backend chooses between."""
+    return {tile: row for kernel in KERNELS[backend] for tile, row in rows_of(kernel).items()}
 
 
 def losses(times: list[Any], constants: dict[str, Constants]) -> list[float]:
@@ -227,7 +249,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--backend", choices=list(TIMES), default="sm80", help="whose tiles")
+    parser.add_argument("--backend", choices=list(KERNELS), default="sm80", help="whose tiles")
     parser.add_argument("--times", type=Path, help="measured before; without it, measure")
     parser.add_argument("--save", type=Path, help="where to put what is measured")
     args = parser.parse_args()

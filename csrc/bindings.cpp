@@ -661,6 +661,7 @@ pybind11::dict choose_config(int64_t M, int64_t N, int64_t K, int64_t group, int
   result["stripes"] = config.stripes;
   result["num_locks"] = config.num_locks;
   result["num_partials"] = config.num_partials;
+  result["us"] = config.us;
   return result;
 }
 

@@ -236,6 +236,14 @@ __device__ inline void wait_for_previous_kernel() {
 #endif
 }
 
+// True in one lane of a whole warp. The compiler knows that what follows runs once, which it does not of `lane == 0`: it would
+// put each instruction of a copy or a barrier into a loop over the lanes.
+__device__ inline bool elected() {
+  uint32_t is_elected;
+  asm volatile("{ .reg .pred p; elect.sync _|p, 0xffffffff; selp.u32 %0, 1, 0, p; }" : "=r"(is_elected));
+  return is_elected != 0;
+}
+
 __device__ inline void barrier_init(uint32_t barrier, int arrivals) {
   asm volatile("mbarrier.init.shared.b64 [%0], %1;" ::"r"(barrier), "r"(arrivals) : "memory");
 }
@@ -244,19 +252,33 @@ __device__ inline void barrier_arrive(uint32_t barrier) {
   asm volatile("mbarrier.arrive.shared.b64 _, [%0];" ::"r"(barrier) : "memory");
 }
 
+__device__ inline void barrier_arrive_unless_0(uint32_t barrier) {
+  asm volatile("{ .reg .pred p; setp.ne.u32 p, %0, 0; @p mbarrier.arrive.shared.b64 _, [%0]; }" ::"r"(barrier)
+               : "memory");
+}
+
 // Arrives, and makes the barrier wait for that many bytes of copies too.
 __device__ inline void barrier_expect(uint32_t barrier, int bytes) {
   asm volatile("mbarrier.arrive.expect_tx.shared.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
 }
 
-__device__ inline void barrier_wait(uint32_t barrier, int parity) {
+__device__ inline bool barrier_test(uint32_t barrier, int parity) {
   uint32_t done;
-  do {
-    asm volatile("{ .reg .pred p; mbarrier.try_wait.parity.shared.b64 p, [%1], %2; selp.u32 %0, 1, 0, p; }"
-                 : "=r"(done)
-                 : "r"(barrier), "r"(parity)
-                 : "memory");
-  } while (done == 0);
+  asm volatile("{ .reg .pred p; mbarrier.test_wait.parity.shared.b64 p, [%1], %2; selp.u32 %0, 1, 0, p; }"
+               : "=r"(done)
+               : "r"(barrier), "r"(parity)
+               : "memory");
+  return done != 0;
+}
+
+// In PTX down to the loop: of one in C++ the compiler assumes that lanes leave it one by one. Does nothing if `done`.
+__device__ inline void barrier_wait(uint32_t barrier, int parity, bool done = false) {
+  asm volatile(
+      "{ .reg .pred p; setp.ne.u32 p, %2, 0; @p bra DONE;\n"
+      "WAIT: mbarrier.try_wait.parity.shared.b64 p, [%0], %1; @!p bra WAIT;\n"
+      "DONE: }" ::"r"(barrier),
+      "r"(parity), "r"(static_cast<uint32_t>(done))
+      : "memory");
 }
 
 #if CUDART_VERSION >= 12000
@@ -273,6 +295,117 @@ __device__ inline void copy_box(uint32_t smem, const CUtensorMap& map, int x, in
           "r"(smem),
       "l"(&map), "r"(x), "r"(y), "r"(barrier)
       : "memory");
+}
+
+__device__ inline void store_smem(uint32_t smem, const float* v) {
+  asm volatile("st.shared.v4.f32 [%0], {%1, %2, %3, %4};" ::"r"(smem), "f"(v[0]), "f"(v[1]), "f"(v[2]), "f"(v[3])
+               : "memory");
+}
+
+__device__ inline void add_smem(float* sum, uint32_t smem) {
+  float v[4];
+  asm volatile("ld.shared.v4.f32 {%0, %1, %2, %3}, [%4];"
+               : "=f"(v[0]), "=f"(v[1]), "=f"(v[2]), "=f"(v[3])
+               : "r"(smem)
+               : "memory");
+#pragma unroll
+  for (int e = 0; e < 4; ++e) sum[e] += v[e];
+}
+
+// Two 8x8 matrices, each held as in the accumulators, stored transposed; lanes 0..15 give the addresses of the rows.
+__device__ inline void store_transposed(uint32_t smem, uint32_t first, uint32_t second) {
+  asm volatile("stmatrix.sync.aligned.m8n8.x2.trans.shared.b16 [%0], {%1, %2};" ::"r"(smem), "r"(first), "r"(second)
+               : "memory");
+}
+
+__device__ inline void named_barrier(int id, int num_threads) {
+  asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(num_threads) : "memory");
+}
+
+// Whether bits are set in any of these threads.
+template <int kThreads>
+__device__ inline int any_of_consumers(uint32_t bits) {
+  int any;
+  asm volatile("{ .reg .pred p; setp.ne.u32 p, %1, 0; bar.red.or.pred p, 1, %2, p; selp.s32 %0, 1, 0, p; }"
+               : "=r"(any)
+               : "r"(bits), "n"(kThreads)
+               : "memory");
+  return any;
+}
+
+// The address of the same place in the shared memory of another CTA of the cluster.
+__device__ inline uint32_t in_cta(uint32_t smem, int rank) {
+  uint32_t address;
+  asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(address) : "r"(smem), "r"(rank));
+  return address;
+}
+
+// Four values into another CTA's shared memory; its barrier counts the bytes.
+__device__ inline void send(uint32_t address, const float* v, uint32_t barrier) {
+  asm volatile(
+      "st.async.shared::cluster.mbarrier::complete_tx::bytes.v4.f32 [%0], {%1, %2, %3, %4}, [%5];" ::"r"(address),
+      "f"(v[0]), "f"(v[1]), "f"(v[2]), "f"(v[3]), "r"(barrier)
+      : "memory");
+}
+
+__device__ inline void barrier_arrive_remote(uint32_t barrier) {
+  asm volatile("mbarrier.arrive.release.cluster.shared::cluster.b64 _, [%0];" ::"r"(barrier) : "memory");
+}
+
+__device__ inline void add_release(int32_t* gmem, int value) {
+  asm volatile("red.add.release.gpu.s32 [%0], %1;" ::"l"(gmem), "r"(value) : "memory");
+}
+
+__device__ inline int load_acquire(const int32_t* gmem) {
+  int value;
+  asm volatile("ld.acquire.gpu.s32 %0, [%1];" : "=r"(value) : "l"(gmem) : "memory");
+  return value;
+}
+
+__device__ inline void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
+__device__ inline void wgmma_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
+template <int kPending>
+__device__ inline void wgmma_wait() {
+  asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(kPending) : "memory");
+}
+
+// The operands of the instruction, four accumulators (eight tokens) at a time.
+#define D4(i) "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3])
+#define D8(i) D4(i), D4(i + 4)
+#define D16(i) D8(i), D8(i + 8)
+#define D32(i) D16(i), D16(i + 16)
+#define TEXT4 "%0, %1, %2, %3"
+#define TEXT8 TEXT4 ", %4, %5, %6, %7"
+#define TEXT16 TEXT8 ", %8, %9, %10, %11, %12, %13, %14, %15"
+#define TEXT24 TEXT16 ", %16, %17, %18, %19, %20, %21, %22, %23"
+#define TEXT32 TEXT24 ", %24, %25, %26, %27, %28, %29, %30, %31"
+#define TEXT48 TEXT32 ", %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47"
+#define TEXT64 TEXT48 ", %48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
+#define WGMMA(TOKENS, DS, A, B, ADD, ...)                                                                     \
+  if constexpr (kTokens == TOKENS) {                                                                          \
+    asm volatile("wgmma.mma_async.sync.aligned.m64n" #TOKENS "k16.f32.f16.f16 {" DS "}, {" A "}, " B ", " ADD \
+                 ", 1, 1, 0;"                                                                                 \
+                 : __VA_ARGS__                                                                                \
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "n"(kAdd ? 1 : 0));                    \
+  }
+
+// d += a b, or d = a b: 64 features x kTokens tokens; a from registers, b a descriptor of shared memory.
+template <int kTokens, bool kAdd>
+__device__ inline void wgmma(float (&d)[kTokens / 2], const uint32_t (&a)[4], uint64_t b) {
+  WGMMA(16, TEXT8, "%8, %9, %10, %11", "%12", "%13", D8(0));
+  WGMMA(32, TEXT16, "%16, %17, %18, %19", "%20", "%21", D16(0));
+  WGMMA(48, TEXT24, "%24, %25, %26, %27", "%28", "%29", D16(0), D8(16));
+  WGMMA(64, TEXT32, "%32, %33, %34, %35", "%36", "%37", D32(0));
+  WGMMA(96, TEXT48, "%48, %49, %50, %51", "%52", "%53", D32(0), D16(32));
+  WGMMA(128, TEXT64, "%64, %65, %66, %67", "%68", "%69", D32(0), D32(32));
+}
+
+// The right operand: rows (tokens) of 128 bytes, 16-byte pieces permuted as the tensor map's 128-byte swizzle does, eight
+// rows every 1024 bytes. A k16 step further is 32 bytes on: 2 in the descriptor's unit.
+__device__ inline uint64_t tokens_descriptor(uint32_t low) {
+  uint64_t descriptor;
+  asm("mov.b64 %0, {%1, %2};" : "=l"(descriptor) : "r"(low), "n"(0x40000040));
+  return descriptor;
 }
 
 using Encode = decltype(&cuTensorMapEncodeTiled);

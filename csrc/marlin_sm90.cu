@@ -27,6 +27,8 @@ namespace {
 
 constexpr int MIN_GROUP = 32;       // rows that certainly share a scale
 constexpr int SMEM_BYTES = 232448;  // that a CTA may use on sm_90
+constexpr int MAX_K = 1 << 22;      // up to which `quotient` is exact
+constexpr int BAND = 16;            // token tiles that are worked off together
 
 struct Tile {
   int blocks;  // m64 blocks of a warpgroup: 1, 2 or 4
@@ -42,6 +44,8 @@ struct Tile {
   MARLIN_HD constexpr int accumulators() const { return blocks * tokens / 2; }  // of a thread
   // Few tokens: the sums of a group are scaled, not its weights, 9 instructions a word instead of 13.
   MARLIN_HD constexpr bool scales_sums() const { return blocks == 4 && tokens <= 32; }
+  // Small scales make dequantisation shorter by 3 instructions of 13, which pays up to here.
+  MARLIN_HD constexpr bool wants_small() const { return !scales_sums() && blocks > 1 && tokens <= 64; }
   MARLIN_HD constexpr int token_blocks() const { return tokens / 8; }
   MARLIN_HD constexpr int own_blocks() const { return (token_blocks() + teams - 1) / teams; }  // after the teams' sum
   MARLIN_HD constexpr int mine_blocks() const { return (own_blocks() + cluster - 1) / cluster; }  // after the cluster's
@@ -67,18 +71,23 @@ struct Tile {
     return exchange > patches ? exchange : patches;
   }
   // What is on its way from memory must outweigh what the teams are working on; more than 8 of k128 only delay the first.
+  // A multiple of the teams: each place of the ring is then one team's. Two that take turns at it would be two phases of its
+  // barrier apart when data come late, and a parity cannot tell the next phase from the one before the last.
   MARLIN_HD constexpr int stages() const {
-    const int most = (SMEM_BYTES - 2048 - scratch_bytes() - inbox_bytes()) / stage_bytes();
-    return most < 64 / steps ? most : 64 / steps;
+    const int fit = (SMEM_BYTES - 2048 - scratch_bytes() - inbox_bytes()) / stage_bytes();
+    const int turns = (64 / steps + teams - 1) / teams;
+    return teams * (fit / teams < turns ? fit / teams : turns);
   }
   // Registers of a thread: what the launch gives all alike, and what producer and consumers have where that is too little.
   MARLIN_HD constexpr int launch_registers() const { return 512 / (consumers() / 128 + 1) / 8 * 8; }
   MARLIN_HD constexpr bool moves_registers() const {
     return accumulators() * (scales_sums() ? 2 : 1) + 12 * blocks + 44 > launch_registers();
   }
-  MARLIN_HD constexpr int producer_registers() const { return 24; }
   MARLIN_HD constexpr int consumer_registers() const {
-    return (launch_registers() * (consumers() / 128 + 1) - producer_registers()) / (consumers() / 128) / 8 * 8;
+    return (launch_registers() * (consumers() / 128 + 1) - 24) / (consumers() / 128) / 8 * 8;
+  }
+  MARLIN_HD constexpr int producer_registers() const {
+    return launch_registers() * (consumers() / 128 + 1) - consumer_registers() * (consumers() / 128);
   }
   // Of the vectors of a partial: as many as there are registers for.
   MARLIN_HD constexpr int partials_at_once() const {
@@ -90,7 +99,7 @@ struct Tile {
 };
 
 // The measured ones: microseconds on an H200 of a stage, of a tile's end, of a tile that several clusters share, for each of
-// them, and of a launch; fitted to the times of seven Llama shapes at 1 to 4096 tokens (docs/kernel.md).
+// them, and of a launch; fitted to the times of Llama's and smaller shapes at 1 to 8192 tokens (docs/kernel.md).
 struct TileCost {
   Tile tile;
   float stage_us, tile_us, sharer_us, start_us;
@@ -98,34 +107,36 @@ struct TileCost {
 
 constexpr TileCost kTiles[] = {
     // 16 tokens
-    {{4, 16, 1, 3, 1, 8}, 0.6804f, 0.42f, 0.89f, 3.27f},
-    {{1, 16, 1, 4, 2, 8}, 0.3595f, 1.44f, 0.83f, 0.00f},
-    {{2, 16, 1, 3, 2, 8}, 0.4827f, 0.53f, 1.11f, 1.38f},
+    {{4, 16, 1, 3, 1, 8}, 0.5652f, 1.73f, 0.19f, 3.27f},
+    {{1, 16, 1, 4, 2, 8}, 0.2723f, 0.27f, 0.54f, 1.92f},
+    {{2, 16, 1, 3, 2, 8}, 0.3779f, 0.29f, 0.16f, 3.65f},
     // 32
-    {{4, 32, 1, 2, 1, 8}, 0.7566f, 0.89f, 0.56f, 4.99f},
-    {{1, 32, 1, 4, 2, 8}, 0.2778f, 1.93f, 0.61f, 1.25f},
-    {{2, 32, 1, 3, 2, 8}, 0.4447f, 1.62f, 0.87f, 1.67f},
+    {{4, 32, 1, 2, 1, 8}, 0.6630f, 0.82f, 0.64f, 3.33f},
+    {{1, 32, 1, 4, 2, 8}, 0.2654f, 0.51f, 0.57f, 2.13f},
+    {{2, 32, 1, 3, 2, 8}, 0.3542f, 1.54f, 0.41f, 1.85f},
     // 48
-    {{2, 48, 1, 3, 2, 8}, 0.4347f, 1.80f, 0.87f, 1.86f},
-    {{4, 48, 1, 2, 1, 8}, 0.7966f, 0.72f, 1.18f, 2.70f},
+    {{2, 48, 1, 3, 2, 8}, 0.4012f, 2.10f, 0.37f, 1.60f},
+    {{4, 48, 1, 2, 1, 8}, 0.7728f, 1.77f, 1.24f, 0.00f},
+    {{1, 48, 1, 4, 2, 8}, 0.2802f, 1.02f, 0.44f, 1.96f},
     // 64
-    {{2, 64, 1, 2, 2, 8}, 0.5211f, 2.42f, 0.74f, 0.57f},
-    {{4, 64, 1, 2, 1, 8}, 0.9898f, 0.20f, 1.82f, 0.00f},
-    {{1, 64, 1, 4, 2, 8}, 0.3053f, 2.70f, 0.53f, 0.94f},
+    {{2, 64, 1, 2, 2, 8}, 0.4864f, 2.11f, 0.50f, 1.28f},
+    {{4, 64, 1, 2, 1, 8}, 0.9675f, 0.41f, 1.68f, 0.00f},
+    {{1, 64, 1, 4, 2, 8}, 0.3116f, 1.55f, 0.55f, 1.63f},
+    {{2, 64, 1, 3, 2, 8}, 0.4810f, 2.46f, 0.57f, 1.26f},
     // 96
-    {{2, 96, 1, 2, 2, 8}, 0.6852f, 2.80f, 1.21f, 0.01f},
-    {{2, 96, 2, 1, 1, 8}, 1.3011f, 0.00f, 3.46f, 0.00f},
+    {{2, 96, 1, 2, 2, 8}, 0.6870f, 1.95f, 1.03f, 1.26f},
+    {{2, 96, 2, 1, 1, 8}, 1.2817f, 0.00f, 3.56f, 0.00f},
     // 128
-    {{2, 128, 1, 2, 2, 8}, 0.8066f, 2.88f, 1.29f, 0.00f},
-    {{2, 128, 2, 1, 1, 8}, 1.6153f, 0.00f, 3.88f, 0.00f},
-    {{2, 128, 1, 2, 1, 8}, 0.8382f, 0.23f, 1.96f, 0.00f},
-    {{1, 128, 3, 1, 1, 8}, 1.2604f, 0.00f, 2.38f, 0.00f},
-    {{1, 128, 3, 1, 2, 8}, 1.3709f, 0.48f, 2.29f, 0.00f},
-    {{1, 128, 4, 1, 1, 8}, 1.6489f, 0.00f, 2.75f, 0.00f},
+    {{2, 128, 1, 2, 2, 8}, 0.8203f, 2.48f, 1.10f, 0.00f},
+    {{2, 128, 2, 1, 1, 8}, 1.5847f, 0.00f, 3.98f, 0.00f},
+    {{2, 128, 1, 2, 1, 8}, 0.8300f, 0.00f, 1.96f, 0.00f},
+    {{1, 128, 3, 1, 1, 8}, 1.2354f, 0.00f, 2.34f, 0.00f},
+    {{1, 128, 3, 1, 2, 8}, 1.3955f, 1.15f, 1.80f, 0.00f},
 };
 constexpr int kNumTiles = sizeof(kTiles) / sizeof(kTiles[0]);
 
-constexpr bool takes_group(const Tile& tile, const Problem& p) {
+constexpr bool takes(const Tile& tile, const Problem& p) {
+  if (p.K > MAX_K) return false;
   if (p.group == p.K || p.group % tile.stage_k() == 0) return true;
   return p.group >= MIN_GROUP && tile.stage_k() % p.group == 0;
 }
@@ -173,8 +184,9 @@ Config choose_config_sm90(const Problem& p, const Device& device, const Hints& h
   for (int i = 0; i < kNumTiles; ++i) {
     const Tile& tile = kTiles[i].tile;
     const int clusters = sms / tile.cluster;
-    if (clusters == 0 || tile.smem_bytes() > device.smem_bytes || !takes_group(tile, p)) continue;
+    if (clusters == 0 || tile.smem_bytes() > device.smem_bytes || !takes(tile, p)) continue;
     if ((hints.tile_n > 0 && hints.tile_n != tile.features()) || (hints.tile_idx >= 0 && hints.tile_idx != i)) continue;
+    if (hints.tile_idx < 0 && tile.tokens < 64 && p.M > 2 * tile.tokens) continue;  // nobody has measured that
     const int64_t tiles = ceil_div(p.N, tile.features()) * ceil_div(p.M, tile.tokens);
     const int striped = static_cast<int>(tiles % clusters);
     const int even = striped == 0 ? 0 : clusters / striped * striped;  // stripes that end where tiles do
@@ -195,121 +207,18 @@ Config choose_config_sm90(const Problem& p, const Device& device, const Hints& h
 #include <cuda_runtime.h>
 
 #include <climits>
+#include <type_traits>
 #include <utility>
 
 namespace marlin {
 namespace {
 
 // ---------------------------------------------------------------------------------------------------------------------
-// PTX
-// ---------------------------------------------------------------------------------------------------------------------
-
-__device__ inline void store_smem(uint32_t smem, const float* v) {
-  asm volatile("st.shared.v4.f32 [%0], {%1, %2, %3, %4};" ::"r"(smem), "f"(v[0]), "f"(v[1]), "f"(v[2]), "f"(v[3])
-               : "memory");
-}
-
-__device__ inline void add_smem(float* sum, uint32_t smem) {
-  float v[4];
-  asm volatile("ld.shared.v4.f32 {%0, %1, %2, %3}, [%4];"
-               : "=f"(v[0]), "=f"(v[1]), "=f"(v[2]), "=f"(v[3])
-               : "r"(smem)
-               : "memory");
-#pragma unroll
-  for (int e = 0; e < 4; ++e) sum[e] += v[e];
-}
-
-// Two 8x8 matrices, each held as in the accumulators, stored transposed; lanes 0..15 give the addresses of the rows.
-__device__ inline void store_transposed(uint32_t smem, uint32_t first, uint32_t second) {
-  asm volatile("stmatrix.sync.aligned.m8n8.x2.trans.shared.b16 [%0], {%1, %2};" ::"r"(smem), "r"(first), "r"(second)
-               : "memory");
-}
-
-__device__ inline void named_barrier(int id, int num_threads) {
-  asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(num_threads) : "memory");
-}
-
-// The address of the same place in the shared memory of another CTA of the cluster.
-__device__ inline uint32_t in_cta(uint32_t smem, int rank) {
-  uint32_t address;
-  asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(address) : "r"(smem), "r"(rank));
-  return address;
-}
-
-// Four values into another CTA's shared memory; its barrier counts the bytes.
-__device__ inline void send(uint32_t address, const float* v, uint32_t barrier) {
-  asm volatile(
-      "st.async.shared::cluster.mbarrier::complete_tx::bytes.v4.f32 [%0], {%1, %2, %3, %4}, [%5];" ::"r"(address),
-      "f"(v[0]), "f"(v[1]), "f"(v[2]), "f"(v[3]), "r"(barrier)
-      : "memory");
-}
-
-__device__ inline void barrier_arrive_remote(uint32_t barrier) {
-  asm volatile("mbarrier.arrive.release.cluster.shared::cluster.b64 _, [%0];" ::"r"(barrier) : "memory");
-}
-
-__device__ inline void add_release(int32_t* gmem, int value) {
-  asm volatile("red.add.release.gpu.s32 [%0], %1;" ::"l"(gmem), "r"(value) : "memory");
-}
-
-__device__ inline int load_acquire(const int32_t* gmem) {
-  int value;
-  asm volatile("ld.acquire.gpu.s32 %0, [%1];" : "=r"(value) : "l"(gmem) : "memory");
-  return value;
-}
-
-__device__ inline void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
-__device__ inline void wgmma_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
-template <int kPending>
-__device__ inline void wgmma_wait() {
-  asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(kPending) : "memory");
-}
-
-// The operands of the instruction, four accumulators (eight tokens) at a time.
-#define D4(i) "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3])
-#define D8(i) D4(i), D4(i + 4)
-#define D16(i) D8(i), D8(i + 8)
-#define D32(i) D16(i), D16(i + 16)
-#define TEXT4 "%0, %1, %2, %3"
-#define TEXT8 TEXT4 ", %4, %5, %6, %7"
-#define TEXT16 TEXT8 ", %8, %9, %10, %11, %12, %13, %14, %15"
-#define TEXT24 TEXT16 ", %16, %17, %18, %19, %20, %21, %22, %23"
-#define TEXT32 TEXT24 ", %24, %25, %26, %27, %28, %29, %30, %31"
-#define TEXT48 TEXT32 ", %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47"
-#define TEXT64 TEXT48 ", %48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
-#define WGMMA(TOKENS, DS, A, B, ADD, ...)                                                                     \
-  if constexpr (kTokens == TOKENS) {                                                                          \
-    asm volatile("wgmma.mma_async.sync.aligned.m64n" #TOKENS "k16.f32.f16.f16 {" DS "}, {" A "}, " B ", " ADD \
-                 ", 1, 1, 0;"                                                                                 \
-                 : __VA_ARGS__                                                                                \
-                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "n"(kAdd ? 1 : 0));                    \
-  }
-
-// d += a b, or d = a b: 64 features x kTokens tokens; a from registers, b a descriptor of shared memory.
-template <int kTokens, bool kAdd>
-__device__ inline void wgmma(float (&d)[kTokens / 2], const uint32_t (&a)[4], uint64_t b) {
-  WGMMA(16, TEXT8, "%8, %9, %10, %11", "%12", "%13", D8(0));
-  WGMMA(32, TEXT16, "%16, %17, %18, %19", "%20", "%21", D16(0));
-  WGMMA(48, TEXT24, "%24, %25, %26, %27", "%28", "%29", D16(0), D8(16));
-  WGMMA(64, TEXT32, "%32, %33, %34, %35", "%36", "%37", D32(0));
-  WGMMA(96, TEXT48, "%48, %49, %50, %51", "%52", "%53", D32(0), D16(32));
-  WGMMA(128, TEXT64, "%64, %65, %66, %67", "%68", "%69", D32(0), D32(32));
-}
-
-// The right operand: rows (tokens) of 128 bytes, 16-byte pieces permuted as the tensor map's 128-byte swizzle does, eight
-// rows every 1024 bytes. A k16 step further is 32 bytes on: 2 in the descriptor's unit.
-__device__ inline uint64_t tokens_descriptor(uint32_t low) {
-  uint64_t descriptor;
-  asm("mov.b64 %0, {%1, %2};" : "=l"(descriptor) : "r"(low), "n"(0x40000040));
-  return descriptor;
-}
-
-// ---------------------------------------------------------------------------------------------------------------------
 // Dequantise
 // ---------------------------------------------------------------------------------------------------------------------
 
 // The eight weights of a word as a left operand: registers 0 and 2 are feature g (k 2t, 2t + 1, and the same + 8), 1 and 3
-// feature g + 8; exactly q - 8, or that times the scales: that of g lies below that of g + 8.
+// feature g + 8; exactly q - 8, or that times the scales, rounded once: that of g lies below that of g + 8.
 // 0x6400 is fp16 1024 with a unit of 1 in its lowest bit, so 0x6400 | q is 1024 + q and 0x6400 | q << 4 is 1024 + 16 q.
 template <bool kScaled>
 __device__ inline void dequantise(uint32_t (&left)[4], uint32_t word, uint32_t scales) {
@@ -328,28 +237,57 @@ __device__ inline void dequantise(uint32_t (&left)[4], uint32_t word, uint32_t s
   }
 }
 
+// The same in 10 instructions instead of 13, bit for bit, for scales below 2^-5. A subnormal fp16 is its bits times 2^-24, and
+// so is what lies below 2^-13: q << 3 is q 2^-21 and q << 7 is q 2^-17. One FMA makes s q - 8 s of it, rounded once as s (q - 8)
+// is. 2^21 s must not overflow: of a larger scale Inf and NaN come out.
+struct SmallScales {
+  half2 times21, times17, times_8;  // 2^21 s, 2^17 s, -8 s
+  __device__ void set(uint32_t scales) {
+    const half2 s = as_half2(scales), s13 = __hmul2(s, as_half2(0x70007000));
+    times21 = __hmul2(s13, as_half2(0x5c005c00));
+    times17 = __hmul2(s13, as_half2(0x4c004c00));
+    times_8 = __hmul2(s, as_half2(0xc800c800));
+  }
+};
+__device__ inline void dequantise_small(uint32_t (&left)[4], uint32_t word, const SmallScales& s) {
+#pragma unroll
+  for (int r = 0; r < 2; ++r) {
+    auto of_r = [&](half2 pair) { return r == 0 ? __low2half2(pair) : __high2half2(pair); };
+    const uint32_t bits = r == 0 ? word << 3 : word >> 5;
+    left[r] = as_bits(__hfma2(as_half2(bits & 0x00780078), of_r(s.times21), of_r(s.times_8)));
+    left[r + 2] = as_bits(__hfma2(as_half2(bits & 0x07800780), of_r(s.times17), of_r(s.times_8)));
+  }
+}
+
 // ---------------------------------------------------------------------------------------------------------------------
 // Kernel
 // ---------------------------------------------------------------------------------------------------------------------
 
 struct Args {
   CUtensorMap a_map, b_map, s_map;
+  // What the first copies need, 64 bytes: they come from memory with every launch.
+  int k_stages;                                              // stages in a tile of C
+  int token_tiles;                                           // tiles of C along the tokens
+  int slices;                                                // and along the features
+  int whole_tiles;                                           // dealt out in rounds
+  int stripes;                                               // clusters that have one
+  int stripe;                                                // stages of it ...
+  int longer;                                                // ... and one more for this many first ones
+  int group_shift;                                           // rows of scales: stage_k >> shift in a stage, or ...
+  int group_stages;                                          // ... one in this many stages; 0 for channelwise
+  uint64_t per_k_stages, per_token_tiles, per_group_stages;  // see `quotient`
   Problem p;
-  int k_stages;          // stages in a tile of C
-  int token_tiles;       // tiles of C along the tokens
-  int slices;            // and along the features
-  int band;              // token tiles that are worked off together, slice by slice
-  int whole_tiles;       // dealt out in rounds
-  int stripes;           // clusters that have one
-  int stripe;            // stages of it ...
-  int longer;            // ... and one more for this many first ones
-  int group_shift;       // rows of scales: stage_k >> shift in a stage, or ...
-  int group_stages;      // ... one in this many stages; 0 for channelwise
-  uint32_t group_magic;  // ceil(2^32 / group_stages), which divides by __umulhi; 0 if that is 1 or 0
-  bool wide_c;           // C takes 16-byte stores
+  bool wide_c;  // C takes 16-byte stores
   int32_t* locks;
   float* partials;
 };
+
+// n / d, d given as ceil(2^kBits / d): exact as long as n d < 2^kBits. A division takes 150 clocks, and the first copies would
+// wait for three of them.
+template <int kBits>
+__device__ inline int quotient(int n, uint64_t per_d) {
+  return static_cast<int>(static_cast<uint32_t>(n) * per_d >> kBits);
+}
 
 // Stages [begin, end) of a tile of C.
 struct Segment {
@@ -358,27 +296,33 @@ struct Segment {
 
 // What a CTA works off, in order: its stripe, then its whole tiles. Producer and consumers walk alike.
 struct Walk {
-  int unit, unit_end;  // of the stripe, counted in stages from the first striped tile
+  int striped_tile, begin, left;  // of the stripe: the tile, the stage of it, and how many stages there are still
   int tile;
   int clusters;  // tiles from one whole tile to the next
 
   __device__ Walk(const Args& args, int cluster, int num_clusters) {
-    const bool striped = cluster < args.stripes;
-    unit = striped ? cluster * args.stripe + min(cluster, args.longer) : 0;
-    unit_end = striped ? unit + args.stripe + (cluster < args.longer) : 0;
+    striped_tile = begin = left = 0;
+    if (cluster < args.stripes) {
+      const int unit = cluster * args.stripe + min(cluster, args.longer);  // in stages from the first striped tile
+      striped_tile = quotient<56>(unit, args.per_k_stages);
+      begin = unit - striped_tile * args.k_stages;
+      left = args.stripe + (cluster < args.longer);
+    }
     tile = cluster;
     clusters = num_clusters;
   }
 
-  __device__ bool more(const Args& args) const { return unit < unit_end || tile < args.whole_tiles; }
+  __device__ bool is_single(const Args& args) const {  // before the first `next`: whether there is but one segment
+    return left > 0 ? begin + left <= args.k_stages && tile >= args.whole_tiles : tile + clusters >= args.whole_tiles;
+  }
+
+  __device__ bool more(const Args& args) const { return left > 0 || tile < args.whole_tiles; }
 
   __device__ bool next(const Args& args, Segment& segment) {
-    if (unit < unit_end) {
-      const int index = unit / args.k_stages;
-      segment.tile = args.whole_tiles + index;
-      segment.begin = unit - index * args.k_stages;
-      segment.end = min(args.k_stages, segment.begin + unit_end - unit);
-      unit += segment.end - segment.begin;
+    if (left > 0) {
+      segment = {args.whole_tiles + striped_tile++, begin, min(args.k_stages, begin + left)};
+      left -= segment.end - begin;
+      begin = 0;
       return true;
     }
     if (tile >= args.whole_tiles) return false;
@@ -388,6 +332,12 @@ struct Walk {
   }
 };
 
+// Scales that were found not to be small, by their address: the next launch need not try. A hint, nothing more: products are
+// the same bits either way, so entries may collide, outlive their tensor, or be read while another kernel writes them.
+__device__ uint32_t large_hints[1024];
+__device__ inline uint32_t hint_of(const void* s) { return static_cast<uint32_t>(reinterpret_cast<uint64_t>(s) >> 4); }
+__device__ inline volatile uint32_t& hint_entry(const void* s) { return large_hints[hint_of(s) * 0x9e3779b1u >> 22]; }
+
 struct Corner {
   int n0;
   int m0;
@@ -395,22 +345,30 @@ struct Corner {
 
 // Tiles in bands of tokens, in a band slice by slice: what runs at once shares weights and activations in L2.
 __device__ inline Corner corner_of(const Args& args, int tile, int features, int tokens) {
-  const int band_tiles = args.band * args.slices, band = tile / band_tiles, rest = tile - band * band_tiles;
-  const int width = min(args.band, args.token_tiles - band * args.band);
-  return {rest / width * features, (band * args.band + rest % width) * tokens};
+  if (__builtin_expect(args.token_tiles > BAND, false)) {
+    const int band_tiles = BAND * args.slices, band = tile / band_tiles, rest = tile - band * band_tiles;
+    const int width = min(BAND, args.token_tiles - band * BAND);
+    return {rest / width * features, (band * BAND + rest % width) * tokens};
+  }
+  const int slice = quotient<32>(tile, args.per_token_tiles);
+  return {slice * features, (tile - slice * args.token_tiles) * tokens};
 }
 
 template <int kBlocks, int kTokens, int kGroups, int kTeams, int kCluster, int kSteps>
-__global__ void __launch_bounds__(128 * (kGroups * kTeams + 1), 1) marlin_kernel(const __grid_constant__ Args args) {
+__global__ void __cluster_dims__(kCluster) __launch_bounds__(128 * (kGroups * kTeams + 1), 1)
+    marlin_kernel(const __grid_constant__ Args args) {
   constexpr Tile kTile{kBlocks, kTokens, kGroups, kTeams, kCluster, kSteps};
   constexpr int kFeatures = kTile.features(), kStageK = kTile.stage_k(), kConsumers = kTile.consumers();
   constexpr int kABytes = kTile.a_bytes(), kBBytes = kTile.b_bytes(), kABox = kTokens * 128;
   constexpr int kWarpgroups = kGroups * kTeams, kStages = kTile.stages();
-  static_assert(kSteps % 4 == 0 && kTokens % 8 == 0 && kStages > kTeams && kStages < 31);
+  static_assert(kSteps % 4 == 0 && kTokens % 8 == 0 && kStages > kTeams && kStages % kTeams == 0);
 
   extern __shared__ unsigned char smem[];
   __shared__ __align__(8) uint64_t full_barriers[kStages], empty_barriers[kStages];
   __shared__ __align__(8) uint64_t inbox_barriers[2];  // it is full; the other CTA's is free
+  __shared__ __align__(8) uint64_t verdict_barrier;    // it is known whether ...
+  __shared__ bool again_smem;                          // ... all must be multiplied again
+  __shared__ bool hinted_smem;
   __shared__ int ticket_smem;
   const uint32_t ring = (smem_address(smem) + 1023) / 1024 * 1024;  // the swizzle counts from multiples of 1024
   const uint32_t scales = ring + kStages * (kABytes + kBBytes);
@@ -425,23 +383,33 @@ __global__ void __launch_bounds__(128 * (kGroups * kTeams + 1), 1) marlin_kernel
 
   const int cluster = blockIdx.x / kCluster, rank = blockIdx.x % kCluster;
   // The first warp of the producer sets up the barriers and goes on to copy weights at once.
-  if (warp_index == kWarpgroups * 4) {
-    if (lane < kStages) {
-      barrier_init(full + 8 * lane, 2);
-      barrier_init(empty + 8 * lane, 4 * kGroups);
+  constexpr int kProducer = 4 * kWarpgroups;
+  constexpr int kStarters = kConsumers + (kTile.wants_small() ? 64 : 32);  // that meet before the first stage
+  if (warp_index == kProducer) {
+    if (elected()) {
+#pragma unroll
+      for (int i = 0; i < kStages; ++i) {
+        barrier_init(full + 8 * i, 2);
+        barrier_init(empty + 8 * i, 4 * kGroups);
+      }
+      if (kTile.wants_small()) barrier_init(smem_address(&verdict_barrier), 1);
+      if (kCluster > 1) {
+        barrier_init(inbox_full, 1);
+        barrier_init(inbox_free, kConsumers / 32);
+      }
+      asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
     }
-    if (kCluster > 1 && lane == 31) {
-      barrier_init(inbox_full, 1);
-      barrier_init(inbox_free, kConsumers / 32);
-    }
-    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
     __syncwarp();
     asm volatile("bar.arrive 2, 64;" ::: "memory");
-    asm volatile("bar.arrive 0, %0;" ::"n"(kConsumers + 32) : "memory");
-  } else if (warp_index == kWarpgroups * 4 + 1) {
-    named_barrier(2, 64);
-  } else if (warpgroup < kWarpgroups) {
-    named_barrier(0, kConsumers + 32);
+    asm volatile("bar.arrive 0, %0;" ::"n"(kStarters) : "memory");
+  } else if (kTile.wants_small() && warp_index == kProducer + 2) {
+    if (lane == 0) hinted_smem = hint_entry(p.s) == hint_of(p.s);
+    __syncwarp();
+    asm volatile("bar.arrive 0, %0;" ::"n"(kStarters) : "memory");
+  } else if (warp_index == kProducer + 1 && elected()) {
+    prefetch_map(args.b_map);
+    prefetch_map(args.s_map);
+    prefetch_map(args.a_map);
   }
   if constexpr (kCluster > 1) asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");
   launch_dependents();
@@ -450,17 +418,24 @@ __global__ void __launch_bounds__(128 * (kGroups * kTeams + 1), 1) marlin_kernel
   Segment segment;
 
   // ---- issue next loads ----------------------------------------------------------------------------------------------
-  if (warpgroup == kWarpgroups) {
+  if (__builtin_expect(warpgroup == kWarpgroups, true)) {
     if constexpr (kTile.moves_registers())
       asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(kTile.producer_registers()));
-    if (lane != 0 || warp > 1) return;
     int stage = 0, parity = 1;
+    Corner corner;
+    auto next_segment = [&] {
+      if (!walk.next(args, segment)) return false;
+      corner = corner_of(args, segment.tile, kFeatures, kTokens);
+      return true;
+    };
+    bool maybe_again = kTile.wants_small() && walk.is_single(args);
+    bool more = next_segment();
     if (warp == 1) {
-      prefetch_map(args.a_map);
+      named_barrier(2, 64);        // the barriers are set up
       wait_for_previous_kernel();  // A may be its output; weights never are
     }
-    while (walk.next(args, segment)) {
-      const Corner corner = corner_of(args, segment.tile, kFeatures, kTokens);
+    if (warp > 1 || !elected()) return;
+    for (; more; more = next_segment()) {
       for (int k = segment.begin * kCluster + rank; k < segment.end * kCluster; k += kCluster) {
         barrier_wait(empty + 8 * stage, parity);
         const uint32_t a_smem = ring + stage * (kABytes + kBBytes), done = full + 8 * stage;
@@ -469,8 +444,7 @@ __global__ void __launch_bounds__(128 * (kGroups * kTeams + 1), 1) marlin_kernel
           barrier_expect(done, kBBytes + scale_bytes);
           copy_box(a_smem + kABytes, args.b_map, corner.n0, k * kSteps, done);
           if (scale_bytes > 0) {
-            // a division would take as long as the stage
-            const int row = args.group_magic != 0 ? __umulhi(k, args.group_magic) : k * (kStageK >> args.group_shift);
+            const int row = quotient<32>(k * (kStageK >> args.group_shift), args.per_group_stages);
             copy_box(scales + stage * kTile.s_bytes(), args.s_map, corner.n0, row, done);
           }
         } else {
@@ -480,6 +454,11 @@ __global__ void __launch_bounds__(128 * (kGroups * kTeams + 1), 1) marlin_kernel
             copy_box(a_smem + i * kABox, args.a_map, k * kStageK + 64 * i, corner.m0, done);
         }
         if (++stage == kStages) stage = 0, parity ^= 1;
+      }
+      if (maybe_again) {
+        maybe_again = false;
+        barrier_wait(smem_address(&verdict_barrier), 0);
+        if (again_smem) walk = Walk(args, cluster, gridDim.x / kCluster);
       }
     }
     return;
@@ -501,19 +480,24 @@ __global__ void __launch_bounds__(128 * (kGroups * kTeams + 1), 1) marlin_kernel
   uint32_t words[2][kBlocks];                          // of this step and the next
   uint32_t s_frag[kBlocks];                            // scales of 32 rows: pairs for features g and g + 8
 
-  int stage = team % kStages, parity = team / kStages % 2;  // this team's next one
-  int behind = team;                                        // and how many stages it lies behind the segment's begin
+  int stage = team, parity = 0;  // this team's next one
+  int behind = team;             // and how many stages it lies behind the segment's begin
+  uint32_t to_release = 0;       // the barrier of the stage before, for one lane of a warp
+  const uint32_t my_full = made(full), my_empty = made(empty);
 
   auto load_words = [&](int at, int step) {
     load_smem(words[step % 2], ring + at * (kABytes + kBBytes) + step * (kFeatures * 8) + b_rd);
   };
-  auto load_scales = [&](int at, int half_step) {
-    if (grouped)
-      load_smem(s_frag, s_rd + at * kTile.s_bytes() + (half_step * MIN_GROUP >> args.group_shift) * (kFeatures * 2));
+  const auto scales_of = [&](int half_step) {  // where those of a stage's 32 rows lie
+    return made(static_cast<uint32_t>((half_step * MIN_GROUP >> args.group_shift) * (kFeatures * 2)));
   };
-  auto keep_ones = [&] {  // channelwise: ones here, the scales when C is written
+  const uint32_t scales_at[4] = {0, scales_of(1), scales_of(2), scales_of(3)};
+  auto load_scales = [&](int at, int half_step) {
+    if (grouped) load_smem(s_frag, s_rd + at * kTile.s_bytes() + scales_at[half_step]);
+  };
+  auto keep_ones = [&] {  // channelwise: 1 (or 2^-6, which is small) here, the scales when C is written
 #pragma unroll
-    for (int i = 0; i < kBlocks; ++i) s_frag[i] = 0x3c003c00;
+    for (int i = 0; i < kBlocks; ++i) s_frag[i] = kScalesSums ? 0x3c003c00 : 0x24002400;
   };
   keep_ones();
   // Touched only between wgmmas: hidden, so that the compiler moves nothing of it in between, which would put them in line.
@@ -546,8 +530,70 @@ __global__ void __launch_bounds__(128 * (kGroups * kTeams + 1), 1) marlin_kernel
   auto ends_group = [&](int step) {
     return (step + 1) % kSteps == 0 || (step % 4 == 3 && of_64) || (step % 2 == 1 && of_32);
   };
-  auto release_before = [&](int at) {  // the stage that this team read before
-    if (lane == 0) barrier_arrive(empty + 8 * (at < kTeams ? at - kTeams + kStages : at - kTeams));
+
+  // ---- one stage ---------------------------------------------------------------------------------------------------------
+  auto multiply_stage = [&](auto is_small, int next_stage, int next_parity, bool last) {
+    constexpr bool kSmall = decltype(is_small)::value;
+    // the low half of the descriptor; shfl as above
+    const uint32_t tokens = __shfl_sync(0xffffffff, (1 << 16) | (ring + stage * (kABytes + kBBytes)) >> 4, 0);
+    bool there = last;  // the next stage, as far as there is one
+    SmallScales small[kBlocks];
+    auto set_small = [&] {
+#pragma unroll
+      for (int i = 0; i < kBlocks && kSmall; ++i) small[i].set(s_frag[i]);
+    };
+    set_small();
+#pragma unroll
+    for (int step = 0; step < kSteps; ++step) {
+#pragma unroll
+      for (int i = 0; i < kBlocks; ++i) {
+        if constexpr (kSmall) {
+          dequantise_small(left[step % 2][i], words[step % 2][i], small[i]);
+        } else {
+          dequantise<!kScalesSums>(left[step % 2][i], words[step % 2][i], s_frag[i]);
+        }
+      }
+      if constexpr (kScalesSums) {  // the group before is complete: always at a stage's begin, sometimes within
+        if (step == 0) {
+          add_scaled();
+        } else if (ends_group(step - 1)) {
+          add_scaled();
+          zero(sums);
+        }
+      }
+      wgmma_fence();
+#pragma unroll
+      for (int i = 0; i < kBlocks; ++i) {
+        const uint64_t right = tokens_descriptor(tokens + 2 * (step % 4) + step / 4 * (kABox / 16));
+        if constexpr (!kScalesSums) {
+          wgmma<kTokens, true>(acc[i], left[step % 2][i], right);
+        } else if (step == 0) {
+          wgmma<kTokens, false>(sums[i], left[step % 2][i], right);
+        } else {
+          wgmma<kTokens, true>(sums[i], left[step % 2][i], right);
+        }
+      }
+      wgmma_commit();
+      if (kScalesSums && ends_group(step)) load_scales(stage, step / 2);
+      // Asked a step ahead, so that the answer is there. What is read behind the last stage is not used.
+      if (step + 3 == kSteps) there |= barrier_test(my_full + 8 * next_stage, next_parity);
+      if (step + 2 < kSteps) {
+        load_words(stage, step + 2);
+      } else {
+        if (step + 2 == kSteps) barrier_wait(my_full + 8 * next_stage, next_parity, there);
+        load_words(next_stage, step + 2 - kSteps);
+      }
+      if (!kScalesSums && ends_group(step)) {
+        if (step + 1 < kSteps) {
+          load_scales(stage, (step + 1) / 2);
+          set_small();
+        } else {
+          load_scales(next_stage, 0);
+        }
+      }
+      wgmma_wait<1>();
+      if (step == 0) barrier_arrive_unless_0(to_release);
+    }
   };
 
   // ---- reduce in the CTA: the teams' sums; afterwards team r has those of token blocks r kOwn ... in its first kOwn ----------
@@ -665,7 +711,9 @@ __global__ void __launch_bounds__(128 * (kGroups * kTeams + 1), 1) marlin_kernel
       for (int i = 0; i < 2 * kBlocks; ++i) {
         const int n = n0 + 8 * i + g;
         if (n >= p.N_C) continue;
-        const float scale = grouped ? 1.f : __half2float(static_cast<const half*>(p.s)[scale_of_channelwise(n)]);
+        const float scale =
+            grouped ? 1.f
+                    : (kScalesSums ? 1 : 64) * __half2float(static_cast<const half*>(p.s)[scale_of_channelwise(n)]);
         const float bias = p.bias == nullptr ? 0.f : __half2float(static_cast<const half*>(p.bias)[n]);
 #pragma unroll
         for (int e = 0; e < 2 * kMine; ++e) {
@@ -712,19 +760,22 @@ __global__ void __launch_bounds__(128 * (kGroups * kTeams + 1), 1) marlin_kernel
   };
 
   // ---- main loop -----------------------------------------------------------------------------------------------------------
+  named_barrier(0, kStarters);  // the producer has set up the barriers
+  // Optimistic: a scale that is not small makes all of its feature's sums Inf or NaN, and then all is multiplied again.
+  const bool tries = kTile.wants_small() && walk.is_single(args);
+  uint32_t large = tries && !hinted_smem ? 0 : 1;
+  bool tried = false, again = false;
   wait_for_previous_kernel();  // which may use the locks, the partials, or C
+  int ticket = -1;
   while (walk.next(args, segment)) {
     const int count = segment.end - segment.begin;
     const bool shared = count < args.k_stages;
     const int unit0 = (segment.tile - args.whole_tiles) * args.k_stages;  // of the tile, if it is shared
     const int lock = 2 * (shared ? cluster_of(unit0) * kCluster + rank : 0);
-    int ticket = 0;
     // Who comes last to the end of his part, bar a few stages, sums them all: it waits for those that came before, which
     // wait for nobody. Drawn that early, the ticket is there when it is needed.
-    bool drawn = !shared || threadIdx.x != 0;
     auto draw_ticket = [&] {
-      if (!drawn) ticket = atomicAdd(args.locks + lock, 1);
-      drawn = true;
+      if (ticket < 0 && shared && threadIdx.x == 0) ticket = atomicAdd(args.locks + lock, 1);
     };
 
     zero(acc);
@@ -733,62 +784,27 @@ __global__ void __launch_bounds__(128 * (kGroups * kTeams + 1), 1) marlin_kernel
       keep_ones();
     }
     if (behind < count) {
-      barrier_wait(full + 8 * stage, parity);
+      barrier_wait(my_full + 8 * stage, parity);
       load_words(stage, 0);
       load_words(stage, 1);
       if constexpr (!kScalesSums) load_scales(stage, 0);
     }
-    const int first_stage = behind;
-    for (; behind < count; behind += kTeams) {
-      // the low half of the descriptor; shfl as above
-      const uint32_t tokens = __shfl_sync(0xffffffff, (1 << 16) | (ring + stage * (kABytes + kBBytes)) >> 4, 0);
-      if (behind + 2 * kTeams >= count) draw_ticket();
-      int next_stage = stage + kTeams, next_parity = parity;
-      if (next_stage >= kStages) next_stage -= kStages, next_parity ^= 1;
-#pragma unroll
-      for (int step = 0; step < kSteps; ++step) {
-#pragma unroll
-        for (int i = 0; i < kBlocks; ++i) dequantise<!kScalesSums>(left[step % 2][i], words[step % 2][i], s_frag[i]);
-        if constexpr (kScalesSums) {  // the group before is complete: always at a stage's begin, sometimes within
-          if (step == 0) {
-            add_scaled();
-          } else if (ends_group(step - 1)) {
-            add_scaled();
-            zero(sums);
-          }
-        }
-        wgmma_fence();
-#pragma unroll
-        for (int i = 0; i < kBlocks; ++i) {
-          const uint64_t right = tokens_descriptor(tokens + 2 * (step % 4) + step / 4 * (kABox / 16));
-          if constexpr (!kScalesSums) {
-            wgmma<kTokens, true>(acc[i], left[step % 2][i], right);
-          } else if (step == 0) {
-            wgmma<kTokens, false>(sums[i], left[step % 2][i], right);
-          } else {
-            wgmma<kTokens, true>(sums[i], left[step % 2][i], right);
-          }
-        }
-        wgmma_commit();
-        if (kScalesSums && ends_group(step)) load_scales(stage, step / 2);
-        if (step + 2 < kSteps) {
-          load_words(stage, step + 2);
-        } else if (behind + kTeams < count) {
-          if (step + 2 == kSteps) barrier_wait(full + 8 * next_stage, next_parity);
-          load_words(next_stage, step + 2 - kSteps);
-        }
-        if (!kScalesSums && ends_group(step)) {
-          if (step + 1 < kSteps) {
-            load_scales(stage, (step + 1) / 2);
-          } else if (behind + kTeams < count) {
-            load_scales(next_stage, 0);
-          }
-        }
-        wgmma_wait<1>();
-        if (step == 0 && behind != first_stage) release_before(stage);
+    auto multiply_stages = [&](auto is_small) {
+      for (; behind < count; behind += kTeams) {
+        if (behind + 2 * kTeams >= count) draw_ticket();
+        int next_stage = stage + kTeams, next_parity = parity;
+        if (next_stage >= kStages) next_stage -= kStages, next_parity ^= 1;
+        multiply_stage(is_small, next_stage, next_parity, behind + kTeams >= count);
+        to_release = lane == 0 ? my_empty + 8 * stage : 0;
+        stage = next_stage;
+        parity = next_parity;
       }
-      stage = next_stage;
-      parity = next_parity;
+    };
+    if (kTile.wants_small() &&
+        __reduce_or_sync(0xffffffff, large) == 0) {  // for the compiler, REDUX gives a uniform value
+      if constexpr (kTile.wants_small()) multiply_stages(std::true_type());
+    } else {
+      multiply_stages(std::false_type());
     }
     draw_ticket();
     if constexpr (kScalesSums) {
@@ -796,14 +812,36 @@ __global__ void __launch_bounds__(128 * (kGroups * kTeams + 1), 1) marlin_kernel
     } else {
       wgmma_wait<0>();
     }
-    if (behind != first_stage) release_before(stage);
+    barrier_arrive_unless_0(to_release);
+    to_release = 0;
     behind -= count;
+    if (tries && !tried) {
+      tried = true;
+      if (large == 0) {
+        bool odd = false;  // Inf and NaN have all bits of the exponent set
+#pragma unroll
+        for (int i = 0; i < kBlocks; ++i)
+          odd |= (~__float_as_uint(acc[i][0]) & 0x7f800000) == 0 || (~__float_as_uint(acc[i][2]) & 0x7f800000) == 0;
+        again = any_of_consumers<kConsumers>(odd) != 0;
+      }
+      if (threadIdx.x == 0) {
+        again_smem = again;
+        if (again) hint_entry(p.s) = hint_of(p.s);
+        barrier_arrive(smem_address(&verdict_barrier));
+      }
+      if (again) {
+        large = 1;
+        walk = Walk(args, cluster, gridDim.x / kCluster);
+        continue;
+      }
+    }
 
     const Corner corner = corner_of(args, segment.tile, kFeatures, kTokens);
     reduce_in_cta();
     reduce_in_cluster();
     if (shared) {
       if (threadIdx.x == 0) ticket_smem = ticket;
+      ticket = -1;
       named_barrier(1, kConsumers);
       const int sharers_first = cluster_of(unit0), sharers = cluster_of(unit0 + args.k_stages - 1) - sharers_first + 1;
       if (ticket_smem < sharers - 1) {
@@ -929,8 +967,7 @@ Status run_sm90(const Problem& p, const Config& config, bool overlap, int32_t* l
   const Tile& tile = kTiles[config.tile_idx].tile;
   const int64_t stages = ceil_div(p.K, tile.stage_k() * tile.cluster), slices = ceil_div(p.N, tile.features());
   const int64_t token_tiles = ceil_div(p.M, tile.tokens), tiles = slices * token_tiles;
-  if (!takes_group(tile, p) || tiles * stages > INT_MAX / 2 || p.M > INT_MAX / 2 || p.N > INT_MAX / 2 ||
-      p.K > INT_MAX / 2)
+  if (!takes(tile, p) || tiles * stages > INT_MAX / 2 || p.M > INT_MAX / 2 || p.N > INT_MAX / 2)
     return Status::bad_shape;
   const bool grouped = p.group != p.K;
   Args args{};
@@ -938,7 +975,8 @@ Status run_sm90(const Problem& p, const Config& config, bool overlap, int32_t* l
   args.k_stages = static_cast<int>(stages);
   args.token_tiles = static_cast<int>(token_tiles);
   args.slices = static_cast<int>(slices);
-  args.band = static_cast<int>(token_tiles < 16 ? token_tiles : 16);
+  args.per_k_stages = ceil_div(int64_t{1} << 56, stages);
+  args.per_token_tiles = ceil_div(int64_t{1} << 32, token_tiles);
   args.stripes = config.stripes;
   args.whole_tiles = static_cast<int>(
       config.stripes == 0 ? tiles : tiles / (config.grid / tile.cluster) * (config.grid / tile.cluster));
@@ -954,9 +992,7 @@ Status run_sm90(const Problem& p, const Config& config, bool overlap, int32_t* l
     args.group_shift = 0;
     while (tile.stage_k() >> args.group_shift > rows) ++args.group_shift;
     args.group_stages = static_cast<int>(p.group < tile.stage_k() ? 1 : p.group / tile.stage_k());
-    if (args.group_stages > 1) {
-      args.group_magic = static_cast<uint32_t>(ceil_div(int64_t{1} << 32, args.group_stages));
-    }
+    args.per_group_stages = ceil_div(int64_t{1} << 32, args.group_stages);
   }
   args.wide_c = p.N_C % 8 == 0 && is_aligned(p.C, 16);
   args.locks = locks;
