@@ -31,7 +31,7 @@ START_US = 2.2
 Constants = tuple[float, ...]  # of a tile, in the order of predict's arguments
 Size = tuple[int, int, int]  # K, N, M
 BYTES_PER_US = 4.3e6
-NUDGES = 9000  # two minutes, twice
+NUDGES = 9000  # a minute
 
 
 @dataclass(frozen=True)
@@ -143,17 +143,12 @@ def kernel_of(tile: str, backend: str) -> str:
     return "sm90_few" if backend == "sm90" and tile.count("x") == 3 else backend
 
 
-def measure(backend: str) -> str:
-    """Compiles tiles.cu for this machine's GPU, runs it, returns its lines."""
-    return "".join(measure_kernel(kernel) for kernel in KERNELS[backend])
-
-
-def measure_kernel(backend: str) -> str:
-    """The same for one kernel file."""
-    program = HERE.parent / "build" / "bench" / f"tiles-{backend}"
+def measure(kernel: str) -> str:
+    """Compiles tiles.cu with a kernel file for this machine's GPU, runs it, returns its lines."""
+    program = HERE.parent / "build" / "bench" / f"tiles-{kernel}"
     program.parent.mkdir(parents=True, exist_ok=True)
-    hopper = [f"-D{backend.upper()}", "-gencode=arch=compute_90a,code=sm_90a"]
-    flags = ["-arch=native"] if backend == "sm80" else hopper
+    hopper = [f"-D{kernel.upper()}", "-gencode=arch=compute_90a,code=sm_90a"]
+    flags = ["-arch=native"] if kernel == "sm80" else hopper
     command = ["nvcc", "-std=c++17", "-O3", *flags, str(HERE / "tiles.cu"), "-o", str(program)]
     subprocess.run(command, check=True)
     return subprocess.run([str(program)], check=True, capture_output=True, text=True).stdout
@@ -213,23 +208,13 @@ def nudge(times: list[Any], constants: dict[str, Constants]) -> None:
             constants[tile] = old
 
 
-def rows_of(kernel: str) -> dict[str, Constants]:
+def table(kernel: str) -> dict[str, Constants]:
     """The constants that a kernel file has now, in the order of tile_idx."""
     text = (HERE.parent / "csrc" / f"marlin_{kernel}.cu").read_text()
     return {
         sizes.replace(", ", "x"): tuple(float(x.rstrip("f")) for x in numbers.split(", "))
         for sizes, numbers in re.findall(r"{{([\d, ]+)}, ([\d.f, ]+)}", text)
     }
-
-
-def tiles_of(kernel: str) -> list[str]:
-    """The tiles of a kernel file: tile_idx counts them."""
-    return list(rows_of(kernel))
-
-
-def table(backend: str) -> dict[str, Constants]:
-    """The constants of all tiles that a backend chooses between."""
-    return {tile: row for kernel in KERNELS[backend] for tile, row in rows_of(kernel).items()}
 
 
 def losses(times: list[Any], constants: dict[str, Constants]) -> list[float]:
@@ -253,7 +238,8 @@ def main() -> int:
     parser.add_argument("--times", type=Path, help="measured before; without it, measure")
     parser.add_argument("--save", type=Path, help="where to put what is measured")
     args = parser.parse_args()
-    lines = args.times.read_text() if args.times else measure(args.backend)
+    kernels = KERNELS[args.backend]
+    lines = args.times.read_text() if args.times else "".join(map(measure, kernels))
     if args.save:
         args.save.parent.mkdir(parents=True, exist_ok=True)
         args.save.write_text(lines)
@@ -265,7 +251,7 @@ def main() -> int:
     for time in times:
         best[time.K, time.N, time.M] = min(best[time.K, time.N, time.M], time.us)
     fitted = {tile: fit(some, best) for tile, some in of_tile.items()}
-    present = table(args.backend)
+    present = {tile: row for kernel in kernels for tile, row in table(kernel).items()}
     starts = [fitted, {tile: present.get(tile, fitted[tile]) for tile in fitted}]
     for start in starts:
         nudge(times, start)

@@ -437,7 +437,8 @@ def test_the_choice_of_tiles_loses_little_against_the_best_that_was_measured(
     pytest.importorskip("scipy")
     import tiles
 
-    constants = tiles.table(backend)
+    tables = {kernel: tiles.table(kernel) for kernel in tiles.KERNELS[backend]}
+    constants = {tile: row for table in tables.values() for tile, row in table.items()}
     times = tiles.parse((method.RESULTS / "tiles" / file).read_text(), backend)
     sizes = {(time.K, time.N, time.M) for time in times}
     assert sizes >= {(K, N, M) for (K, N), M in itertools.product(method.SHAPES, tokens)}
@@ -452,18 +453,17 @@ def test_the_choice_of_tiles_loses_little_against_the_best_that_was_measured(
         for time in times
         for dealt, _ in [DEALT[tiles.kernel_of(time.tile, backend)]]
     }
-    names = {kernel: tiles.tiles_of(kernel) for kernel in tiles.KERNELS[backend]}
     picked = []
     for K, N, M in sizes:
-        options = [
-            (config["us"], kernel, config)
-            for kernel in names
-            for choose in [getattr(marlin._C, f"choose_config_{kernel}")]
-            for config in [choose(M, N, K, method.GROUP, 90, 132, 232448)]
-            if config["tile_idx"] >= 0
-        ]
-        _, kernel, config = min(options, key=lambda option: option[0])
-        us = measured[K, N, M, names[kernel][config["tile_idx"]], config[DEALT[kernel][1]]]
+        configs = {}
+        for kernel in tables:
+            choose = getattr(marlin._C, f"choose_config_{kernel}")
+            config = choose(M, N, K, method.GROUP, 90, 132, 232448)
+            if config["tile_idx"] >= 0:
+                configs[kernel] = config
+        kernel, config = min(configs.items(), key=lambda item: item[1]["us"])
+        tile = list(tables[kernel])[config["tile_idx"]]
+        us = measured[K, N, M, tile, config[DEALT[kernel][1]]]
         picked.append(us / min(t for (*size, _, _), t in measured.items() if size == [K, N, M]))
     assert method.geomean(picked) < mean
     assert max(picked) < worst
