@@ -144,7 +144,7 @@ Status run_sm90_few(const Problem& p, const Config& config, bool overlap, int32_
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
 
-// What several kernel files use of PTX and of the driver.
+// What the kernel files use of PTX and of the driver.
 namespace marlin {
 
 __device__ inline uint32_t smem_address(const void* p) { return static_cast<uint32_t>(__cvta_generic_to_shared(p)); }
@@ -322,15 +322,14 @@ __device__ inline void named_barrier(int id, int num_threads) {
   asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(num_threads) : "memory");
 }
 
-// Whether bits are set in any of these threads.
-template <int kThreads>
-__device__ inline int any_of_consumers(uint32_t bits) {
-  int any;
-  asm volatile("{ .reg .pred p; setp.ne.u32 p, %1, 0; bar.red.or.pred p, 1, %2, p; selp.s32 %0, 1, 0, p; }"
+// The same, and whether it holds for any of these threads.
+__device__ inline bool named_barrier_any(int id, int num_threads, bool holds) {
+  uint32_t any;
+  asm volatile("{ .reg .pred p; setp.ne.u32 p, %1, 0; bar.red.or.pred p, %2, %3, p; selp.u32 %0, 1, 0, p; }"
                : "=r"(any)
-               : "r"(bits), "n"(kThreads)
+               : "r"(static_cast<uint32_t>(holds)), "r"(id), "r"(num_threads)
                : "memory");
-  return any;
+  return any != 0;
 }
 
 // The address of the same place in the shared memory of another CTA of the cluster.
@@ -399,6 +398,19 @@ __device__ inline void wgmma(float (&d)[kTokens / 2], const uint32_t (&a)[4], ui
   WGMMA(96, TEXT48, "%48, %49, %50, %51", "%52", "%53", D32(0), D16(32));
   WGMMA(128, TEXT64, "%64, %65, %66, %67", "%68", "%69", D32(0), D32(32));
 }
+
+#undef WGMMA
+#undef D4
+#undef D8
+#undef D16
+#undef D32
+#undef TEXT4
+#undef TEXT8
+#undef TEXT16
+#undef TEXT24
+#undef TEXT32
+#undef TEXT48
+#undef TEXT64
 
 // The right operand: rows (tokens) of 128 bytes, 16-byte pieces permuted as the tensor map's 128-byte swizzle does, eight
 // rows every 1024 bytes. A k16 step further is 32 bytes on: 2 in the descriptor's unit.

@@ -83,11 +83,9 @@ struct Tile {
   MARLIN_HD constexpr bool moves_registers() const {
     return accumulators() * (scales_sums() ? 2 : 1) + 12 * blocks + 44 > launch_registers();
   }
+  MARLIN_HD constexpr int producer_registers() const { return 24; }
   MARLIN_HD constexpr int consumer_registers() const {
-    return (launch_registers() * (consumers() / 128 + 1) - 24) / (consumers() / 128) / 8 * 8;
-  }
-  MARLIN_HD constexpr int producer_registers() const {
-    return launch_registers() * (consumers() / 128 + 1) - consumer_registers() * (consumers() / 128);
+    return (launch_registers() * (consumers() / 128 + 1) - producer_registers()) / (consumers() / 128) / 8 * 8;
   }
   // Of the vectors of a partial: as many as there are registers for.
   MARLIN_HD constexpr int partials_at_once() const {
@@ -202,10 +200,6 @@ Config choose_config_sm90(const Problem& p, const Device& device, const Hints& h
 }  // namespace marlin
 
 #ifdef __CUDACC__
-#include <cuda.h>
-#include <cuda_fp16.h>
-#include <cuda_runtime.h>
-
 #include <climits>
 #include <type_traits>
 #include <utility>
@@ -282,8 +276,7 @@ struct Args {
   float* partials;
 };
 
-// n / d, d given as ceil(2^kBits / d): exact as long as n d < 2^kBits. A division takes 150 clocks, and the first copies would
-// wait for three of them.
+// n / d, d given as ceil(2^kBits / d): exact as long as n d < 2^kBits. The first copies would wait for three divisions.
 template <int kBits>
 __device__ inline int quotient(int n, uint64_t per_d) {
   return static_cast<int>(static_cast<uint32_t>(n) * per_d >> kBits);
@@ -296,33 +289,28 @@ struct Segment {
 
 // What a CTA works off, in order: its stripe, then its whole tiles. Producer and consumers walk alike.
 struct Walk {
-  int striped_tile, begin, left;  // of the stripe: the tile, the stage of it, and how many stages there are still
-  int tile;
-  int clusters;  // tiles from one whole tile to the next
+  int unit;  // the next stage of the stripe, counted from the first striped tile
+  int tile;  // the next whole tile
 
-  __device__ Walk(const Args& args, int cluster, int num_clusters) {
-    striped_tile = begin = left = 0;
-    if (cluster < args.stripes) {
-      const int unit = cluster * args.stripe + min(cluster, args.longer);  // in stages from the first striped tile
-      striped_tile = quotient<56>(unit, args.per_k_stages);
-      begin = unit - striped_tile * args.k_stages;
-      left = args.stripe + (cluster < args.longer);
-    }
-    tile = cluster;
-    clusters = num_clusters;
+  __device__ Walk(const Args& args, int cluster) : unit(first_unit(args, cluster)), tile(cluster) {}
+
+  __device__ static int first_unit(const Args& args, int cluster) {
+    const int before = min(cluster, args.stripes);
+    return before * args.stripe + min(before, args.longer);
   }
 
-  __device__ bool is_single(const Args& args) const {  // before the first `next`: whether there is but one segment
-    return left > 0 ? begin + left <= args.k_stages && tile >= args.whole_tiles : tile + clusters >= args.whole_tiles;
+  __device__ int left(const Args& args, int cluster) const { return first_unit(args, cluster + 1) - unit; }
+
+  __device__ bool more(const Args& args, int cluster) const {
+    return left(args, cluster) > 0 || tile < args.whole_tiles;
   }
 
-  __device__ bool more(const Args& args) const { return left > 0 || tile < args.whole_tiles; }
-
-  __device__ bool next(const Args& args, Segment& segment) {
+  __device__ bool next(const Args& args, int cluster, int clusters, Segment& segment) {
+    const int left = this->left(args, cluster);
     if (left > 0) {
-      segment = {args.whole_tiles + striped_tile++, begin, min(args.k_stages, begin + left)};
-      left -= segment.end - begin;
-      begin = 0;
+      const int striped_tile = quotient<56>(unit, args.per_k_stages), begin = unit - striped_tile * args.k_stages;
+      segment = {args.whole_tiles + striped_tile, begin, min(args.k_stages, begin + left)};
+      unit += segment.end - begin;
       return true;
     }
     if (tile >= args.whole_tiles) return false;
@@ -332,8 +320,9 @@ struct Walk {
   }
 };
 
-// Scales that were found not to be small, by their address: the next launch need not try. A hint, nothing more: products are
-// the same bits either way, so entries may collide, outlive their tensor, or be read while another kernel writes them.
+// Scales that were tried as small ones in vain, by their address: the next launch does not try. A hint, nothing more: products
+// are the same bits either way, so entries may collide, outlive their tensor, or be read while another kernel writes them.
+// Activations that are not finite leave one, too.
 __device__ uint32_t large_hints[1024];
 __device__ inline uint32_t hint_of(const void* s) { return static_cast<uint32_t>(reinterpret_cast<uint64_t>(s) >> 4); }
 __device__ inline volatile uint32_t& hint_entry(const void* s) { return large_hints[hint_of(s) * 0x9e3779b1u >> 22]; }
@@ -414,22 +403,23 @@ __global__ void __cluster_dims__(kCluster) __launch_bounds__(128 * (kGroups * kT
   if constexpr (kCluster > 1) asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");
   launch_dependents();
 
-  Walk walk(args, cluster, gridDim.x / kCluster);
+  const int clusters = gridDim.x / kCluster;
+  Walk walk(args, cluster);
   Segment segment;
 
   // ---- issue next loads ----------------------------------------------------------------------------------------------
-  if (__builtin_expect(warpgroup == kWarpgroups, true)) {
+  if (warpgroup == kWarpgroups) {
     if constexpr (kTile.moves_registers())
       asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(kTile.producer_registers()));
     int stage = 0, parity = 1;
     Corner corner;
     auto next_segment = [&] {
-      if (!walk.next(args, segment)) return false;
+      if (!walk.next(args, cluster, clusters, segment)) return false;
       corner = corner_of(args, segment.tile, kFeatures, kTokens);
       return true;
     };
-    bool maybe_again = kTile.wants_small() && walk.is_single(args);
     bool more = next_segment();
+    bool maybe_again = kTile.wants_small() && !walk.more(args, cluster);
     if (warp == 1) {
       named_barrier(2, 64);        // the barriers are set up
       wait_for_previous_kernel();  // A may be its output; weights never are
@@ -458,7 +448,7 @@ __global__ void __cluster_dims__(kCluster) __launch_bounds__(128 * (kGroups * kT
       if (maybe_again) {
         maybe_again = false;
         barrier_wait(smem_address(&verdict_barrier), 0);
-        if (again_smem) walk = Walk(args, cluster, gridDim.x / kCluster);
+        if (again_smem) walk = Walk(args, cluster);
       }
     }
     return;
@@ -686,7 +676,7 @@ __global__ void __cluster_dims__(kCluster) __launch_bounds__(128 * (kGroups * kT
         }
       }
       __syncwarp();  // this warp has read its mail: there is room for more, if more will come
-      if (lane == 0 && mine_blocks > 0 && walk.more(args)) barrier_arrive_remote(in_cta(inbox_free, peer));
+      if (lane == 0 && mine_blocks > 0 && walk.more(args, cluster)) barrier_arrive_remote(in_cta(inbox_free, peer));
     }
   };
 
@@ -762,12 +752,12 @@ __global__ void __cluster_dims__(kCluster) __launch_bounds__(128 * (kGroups * kT
   // ---- main loop -----------------------------------------------------------------------------------------------------------
   named_barrier(0, kStarters);  // the producer has set up the barriers
   // Optimistic: a scale that is not small makes all of its feature's sums Inf or NaN, and then all is multiplied again.
-  const bool tries = kTile.wants_small() && walk.is_single(args);
+  Walk ahead = walk;
+  bool tries = kTile.wants_small() && ahead.next(args, cluster, clusters, segment) && !ahead.more(args, cluster);
   uint32_t large = tries && !hinted_smem ? 0 : 1;
-  bool tried = false, again = false;
   wait_for_previous_kernel();  // which may use the locks, the partials, or C
   int ticket = -1;
-  while (walk.next(args, segment)) {
+  while (walk.next(args, cluster, clusters, segment)) {
     const int count = segment.end - segment.begin;
     const bool shared = count < args.k_stages;
     const int unit0 = (segment.tile - args.whole_tiles) * args.k_stages;  // of the tile, if it is shared
@@ -815,14 +805,15 @@ __global__ void __cluster_dims__(kCluster) __launch_bounds__(128 * (kGroups * kT
     barrier_arrive_unless_0(to_release);
     to_release = 0;
     behind -= count;
-    if (tries && !tried) {
-      tried = true;
+    if (tries) {
+      tries = false;
+      bool again = false;
       if (large == 0) {
         bool odd = false;  // Inf and NaN have all bits of the exponent set
 #pragma unroll
         for (int i = 0; i < kBlocks; ++i)
           odd |= (~__float_as_uint(acc[i][0]) & 0x7f800000) == 0 || (~__float_as_uint(acc[i][2]) & 0x7f800000) == 0;
-        again = any_of_consumers<kConsumers>(odd) != 0;
+        again = named_barrier_any(1, kConsumers, odd);
       }
       if (threadIdx.x == 0) {
         again_smem = again;
@@ -831,7 +822,7 @@ __global__ void __cluster_dims__(kCluster) __launch_bounds__(128 * (kGroups * kT
       }
       if (again) {
         large = 1;
-        walk = Walk(args, cluster, gridDim.x / kCluster);
+        walk = Walk(args, cluster);
         continue;
       }
     }
@@ -933,18 +924,12 @@ Status launch(const Args& args, int grid, bool overlap, cudaStream_t stream) {
   config.blockDim = kTile.consumers() + 128;
   config.dynamicSmemBytes = kSmem;
   config.stream = stream;
-  cudaLaunchAttribute attributes[2];
-  config.attrs = attributes;
-  if (kTile.cluster > 1) {
-    cudaLaunchAttribute& attribute = attributes[config.numAttrs++];
-    attribute.id = cudaLaunchAttributeClusterDimension;
-    attribute.val.clusterDim.x = kTile.cluster;
-    attribute.val.clusterDim.y = attribute.val.clusterDim.z = 1;
-  }
+  cudaLaunchAttribute attribute;  // the kernel itself says how many CTAs a cluster has
+  config.attrs = &attribute;
   if (overlap) {
-    cudaLaunchAttribute& attribute = attributes[config.numAttrs++];
     attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
     attribute.val.programmaticStreamSerializationAllowed = 1;
+    config.numAttrs = 1;
   }
   return cudaLaunchKernelEx(&config, kernel, args) == cudaSuccess ? Status::ok : Status::launch_failed;
 }

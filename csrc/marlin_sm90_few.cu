@@ -45,8 +45,10 @@ struct Tile {
   MARLIN_HD constexpr int mapped_bytes() const { return maps_a() ? stages * a_bytes() : 0; }
   MARLIN_HD constexpr int stage_bytes() const { return B_BYTES + S_BYTES + (maps_a() ? 0 : a_bytes()); }
   MARLIN_HD constexpr int patch_bytes() const { return tokens * PATCH_PITCH * 4; }
+  // Where there is room for two patches a warp, a tile's sums are added up only when the next one ends.
+  MARLIN_HD constexpr int patches() const { return tokens <= 8 ? 2 : 1; }
   MARLIN_HD constexpr int smem_bytes() const {
-    return warps * (mapped_bytes() + stages * stage_bytes() + patch_bytes());
+    return warps * (mapped_bytes() + stages * stage_bytes() + patches() * patch_bytes());
   }
 };
 
@@ -222,7 +224,7 @@ __global__ void __launch_bounds__(32 * kWarps, kPerSm) marlin_kernel(const __gri
 
   constexpr bool kMapsA = kTile.maps_a();
   extern __shared__ __align__(1024) unsigned char smem[];
-  __shared__ int ticket_smem;
+  __shared__ int ticket_smem[2];
   __shared__ uint64_t barriers[2 + (kMapsA ? kWarps * kStages : 0)];
   const uint32_t patches_full = smem_address(barriers), patches_free = smem_address(barriers + 1);
   const uint32_t a_full = smem_address(barriers + 2) + warp * (kStages * 8);  // of the ring for mapped activations
@@ -387,7 +389,7 @@ __global__ void __launch_bounds__(32 * kWarps, kPerSm) marlin_kernel(const __gri
   };
 
   // ---- finish a tile: sum over the warps, over the CTAs that share it, write --------------------------------------------
-  constexpr int kPatch = kTokens * PATCH_PITCH;
+  constexpr int kPatch = kTokens * PATCH_PITCH, kPatches = kTile.patches();
   constexpr int kPairs = TILE_N / 2, kPartPairs = kTokens * kPairs;  // of features, in a row and in all
   // A CTA shares at most two tiles with others: that of its first stage, and that of its last.
   auto part_of = [&](int owner, int first) { return args.parts + (2 * owner + (owner == first)) * kPartPairs; };
@@ -402,14 +404,15 @@ __global__ void __launch_bounds__(32 * kWarps, kPerSm) marlin_kernel(const __gri
     return make_float2(__uint_as_float(~words.x), __uint_as_float(~words.y));
   };
 
-  // Adds up every step'th pair of sums from start on, over the warps and over the CTAs from first to last, which share the
-  // tile, and writes them; a CTA that drew another ticket than the last one leaves its sums to that one.
-  auto write_tile = [&](int tile, int first, int last, int start, int step) {
-    const bool mine = ticket_smem == last - first;
+  // Adds up the pairs of sums that a tile's end left, over the warps and over the CTAs from first to last, which share the
+  // tile, and writes them; a CTA that drew another ticket than the last one leaves its sums to that one. Other threads each time.
+  auto write_tile = [&](int end, int tile, int first, int last) {
+    const float* const patches_rd = patches + end % kPatches * (kWarps * kPatch);
+    const bool mine = ticket_smem[end % 2] == last - first;
 #pragma unroll 1
-    for (int v = start; v < args.tokens * kPairs; v += step) {
+    for (int v = (threadIdx.x + end * kPartPairs) % kThreads; v < args.tokens * kPairs; v += kThreads) {
       const int m = v / kPairs, n = tile * TILE_N + v % kPairs * 2;
-      const float* const patch_rd = patches + m * PATCH_PITCH + v % kPairs * 2;
+      const float* const patch_rd = patches_rd + m * PATCH_PITCH + v % kPairs * 2;
       float2 sum = make_float2(0, 0);
 #pragma unroll
       for (int w = 0; w < kWarps; ++w) {
@@ -450,14 +453,19 @@ __global__ void __launch_bounds__(32 * kWarps, kPerSm) marlin_kernel(const __gri
     }
   };
 
-  // Where a tile ends inside the stripe a warp leaves its sums in its patch and goes on, but for those whose turn it is: they
-  // wait for all patches and add them up. A single token's are so few that one warp does it.
-  constexpr int kSummers = kTokens == 1 ? 1 : kWarps;
-  int ends = 0;
+  // A warp leaves its sums in its patch. With two of them it goes on then, if the tile is this CTA's alone and not its last, and
+  // adds up its share when the next one ends: nobody has to be waited for. Whoever has left the sums of an end has added up
+  // those of the end before, so that the patches of that one may be written.
+  int ends = 0, put_off = -1;  // a tile
   auto finish_tile = [&](int tile, int first, int last, int ticket) {
-    if (ends > 0) barrier_wait(patches_free, (ends - 1) % 2);
-    if (threadIdx.x == 0) ticket_smem = ticket;
-    float* const patch_wr = patches + warp * kPatch + lane % 4 * 2 * PATCH_PITCH + lane / 4;
+    if (kPatches == 1 && ends > 0) barrier_wait(patches_free, (ends - 1) % 2);
+    if (put_off >= 0) {
+      barrier_wait(patches_full, (ends - 1) % 2);
+      write_tile(ends - 1, put_off, cta, cta);
+    }
+    if (threadIdx.x == 0) ticket_smem[ends % 2] = ticket;
+    float* const patch_wr =
+        patches + (ends % kPatches * kWarps + warp) * kPatch + lane % 4 * 2 * PATCH_PITCH + lane / 4;
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
 #pragma unroll
@@ -470,13 +478,12 @@ __global__ void __launch_bounds__(32 * kWarps, kPerSm) marlin_kernel(const __gri
         }
       }
     }
-    const bool last_tile = begin == stripe_end;
     barrier_arrive(patches_full);
-    if (last_tile || kSummers == kWarps || warp == ends % kWarps) {
-      const bool all = last_tile || kSummers == kWarps;
+    put_off = kPatches == 2 && first == last && begin < stripe_end ? tile : -1;
+    if (put_off < 0) {
       barrier_wait(patches_full, ends % 2);
-      write_tile(tile, first, last, all ? threadIdx.x : lane, all ? kThreads : 32);
-      if (!last_tile) barrier_arrive(patches_free);
+      write_tile(ends, tile, first, last);
+      if (kPatches == 1) barrier_arrive(patches_free);
     }
     ++ends;
     if (threadIdx.x == 0 && first != last && ticket == last - first) args.counters[first] = 0;
@@ -505,7 +512,7 @@ __global__ void __launch_bounds__(32 * kWarps, kPerSm) marlin_kernel(const __gri
   }
   if (threadIdx.x == 0) {
     barrier_init(patches_full, kThreads);
-    barrier_init(patches_free, 32 * kSummers);
+    barrier_init(patches_free, kThreads);
   }
   __syncthreads();
   if (!grouped) {  // channelwise: ones here, the scales when C is written
