@@ -31,7 +31,7 @@ START_US = 2.2
 Constants = tuple[float, ...]  # of a tile, in the order of predict's arguments
 Size = tuple[int, int, int]  # K, N, M
 BYTES_PER_US = 4.3e6
-NUDGES = 9000  # a minute
+NUDGES = 9000  # a minute, for each of two starts
 
 
 @dataclass(frozen=True)
