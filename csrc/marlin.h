@@ -176,6 +176,9 @@ __device__ inline void cp_async16(uint32_t smem, const void* gmem) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(smem), "l"(gmem) : "memory");
 }
 
+// Into L2.
+__device__ inline void prefetch(const void* gmem) { asm volatile("prefetch.global.L2 [%0];" ::"l"(gmem)); }
+
 __device__ inline void cp_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 
 template <int kPending>

@@ -42,8 +42,10 @@ struct Tile {
   MARLIN_HD constexpr int stage_k() const { return TILE_K * steps; }
   MARLIN_HD constexpr int consumers() const { return 128 * groups * teams; }
   MARLIN_HD constexpr int accumulators() const { return blocks * tokens / 2; }  // of a thread
-  // Few tokens: the sums of a group are scaled, not its weights, 9 instructions a word instead of 13.
+  // Few tokens: the sums of a group are scaled, not its weights, 9 instructions a word instead of 13. Those of short groups, each of
+  // which waits for its products, only where they are fewest.
   MARLIN_HD constexpr bool scales_sums() const { return blocks == 4 && tokens <= 32; }
+  MARLIN_HD constexpr bool scales_short_sums() const { return blocks == 4 && tokens <= 16; }
   // Small scales make dequantisation shorter by 3 instructions of 13, which pays up to here.
   MARLIN_HD constexpr bool wants_small() const { return !scales_sums() && blocks > 1 && tokens <= 64; }
   MARLIN_HD constexpr int token_blocks() const { return tokens / 8; }
@@ -257,6 +259,9 @@ __device__ inline void dequantise_small(uint32_t (&left)[4], uint32_t word, cons
 // Kernel
 // ---------------------------------------------------------------------------------------------------------------------
 
+// What the scales multiply: weights, these by way of subnormals, or the sums of a group.
+enum class Scaling { weights, small_weights, sums };
+
 struct Args {
   CUtensorMap a_map, b_map, s_map;
   // What the first copies need, 64 bytes: they come from memory with every launch.
@@ -404,13 +409,13 @@ __global__ void __cluster_dims__(kCluster) __launch_bounds__(128 * (kGroups * kT
   launch_dependents();
 
   const int clusters = gridDim.x / kCluster;
-  Walk walk(args, cluster);
   Segment segment;
 
   // ---- issue next loads ----------------------------------------------------------------------------------------------
   if (warpgroup == kWarpgroups) {
     if constexpr (kTile.moves_registers())
       asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(kTile.producer_registers()));
+    Walk walk(args, made(cluster));
     int stage = 0, parity = 1;
     Corner corner;
     auto next_segment = [&] {
@@ -426,6 +431,13 @@ __global__ void __cluster_dims__(kCluster) __launch_bounds__(128 * (kGroups * kT
     }
     if (warp > 1 || !elected()) return;
     for (; more; more = next_segment()) {
+      if (warp == 1) {  // what is read when C is written: else that waits for DRAM
+#pragma unroll
+        for (int n = 0; n < kFeatures; n += 64) {
+          if (args.group_stages == 0 && corner.n0 + n < p.N) prefetch(static_cast<const half*>(p.s) + corner.n0 + n);
+          if (p.bias != nullptr && corner.n0 + n < p.N_C) prefetch(static_cast<const half*>(p.bias) + corner.n0 + n);
+        }
+      }
       for (int k = segment.begin * kCluster + rank; k < segment.end * kCluster; k += kCluster) {
         barrier_wait(empty + 8 * stage, parity);
         const uint32_t a_smem = ring + stage * (kABytes + kBBytes), done = full + 8 * stage;
@@ -457,6 +469,7 @@ __global__ void __cluster_dims__(kCluster) __launch_bounds__(128 * (kGroups * kT
   // ---- consumers -----------------------------------------------------------------------------------------------------
   if constexpr (kTile.moves_registers())
     asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(kTile.consumer_registers()));
+  Walk walk(args, made(cluster));
   const int team = kTeams == 1 ? 0 : warpgroup / kGroups, group = warpgroup % kGroups, g = lane / 4;
   const int feature = group * 64 * kBlocks + warp * 16 * kBlocks;  // the warp's first one in the tile
   const uint32_t b_rd = kABytes + feature / 64 * 512 + lane * 16 + feature % 64 / 16 * 4;
@@ -520,10 +533,13 @@ __global__ void __cluster_dims__(kCluster) __launch_bounds__(128 * (kGroups * kT
   auto ends_group = [&](int step) {
     return (step + 1) % kSteps == 0 || (step % 4 == 3 && of_64) || (step % 2 == 1 && of_32);
   };
+  const bool whole_groups = kStageK >> args.group_shift <= 1;  // a stage has no two
+  const bool sums_scaled = kScalesSums && (kTile.scales_short_sums() || whole_groups);
 
   // ---- one stage ---------------------------------------------------------------------------------------------------------
-  auto multiply_stage = [&](auto is_small, int next_stage, int next_parity, bool last) {
-    constexpr bool kSmall = decltype(is_small)::value;
+  auto multiply_stage = [&](auto scaling, int next_stage, int next_parity, bool last) {
+    constexpr bool kSmall = decltype(scaling)::value == Scaling::small_weights;
+    constexpr bool kSums = decltype(scaling)::value == Scaling::sums;
     // the low half of the descriptor; shfl as above
     const uint32_t tokens = __shfl_sync(0xffffffff, (1 << 16) | (ring + stage * (kABytes + kBBytes)) >> 4, 0);
     bool there = last;  // the next stage, as far as there is one
@@ -540,22 +556,20 @@ __global__ void __cluster_dims__(kCluster) __launch_bounds__(128 * (kGroups * kT
         if constexpr (kSmall) {
           dequantise_small(left[step % 2][i], words[step % 2][i], small[i]);
         } else {
-          dequantise<!kScalesSums>(left[step % 2][i], words[step % 2][i], s_frag[i]);
+          dequantise<!kSums>(left[step % 2][i], words[step % 2][i], s_frag[i]);
         }
       }
-      if constexpr (kScalesSums) {  // the group before is complete: always at a stage's begin, sometimes within
-        if (step == 0) {
-          add_scaled();
-        } else if (ends_group(step - 1)) {
-          add_scaled();
-          zero(sums);
-        }
+      if (kSums && step == 0) {  // of the stage before
+        add_scaled();
+      } else if (kSums && kTile.scales_short_sums() && ends_group(step - 1)) {
+        add_scaled();
+        zero(sums);
       }
       wgmma_fence();
 #pragma unroll
       for (int i = 0; i < kBlocks; ++i) {
         const uint64_t right = tokens_descriptor(tokens + 2 * (step % 4) + step / 4 * (kABox / 16));
-        if constexpr (!kScalesSums) {
+        if constexpr (!kSums) {
           wgmma<kTokens, true>(acc[i], left[step % 2][i], right);
         } else if (step == 0) {
           wgmma<kTokens, false>(sums[i], left[step % 2][i], right);
@@ -564,7 +578,8 @@ __global__ void __cluster_dims__(kCluster) __launch_bounds__(128 * (kGroups * kT
         }
       }
       wgmma_commit();
-      if (kScalesSums && ends_group(step)) load_scales(stage, step / 2);
+      if (kSums && (step + 1 == kSteps || (kTile.scales_short_sums() && ends_group(step))))
+        load_scales(stage, step / 2);
       // Asked a step ahead, so that the answer is there. What is read behind the last stage is not used.
       if (step + 3 == kSteps) there |= barrier_test(my_full + 8 * next_stage, next_parity);
       if (step + 2 < kSteps) {
@@ -573,7 +588,7 @@ __global__ void __cluster_dims__(kCluster) __launch_bounds__(128 * (kGroups * kT
         if (step + 2 == kSteps) barrier_wait(my_full + 8 * next_stage, next_parity, there);
         load_words(next_stage, step + 2 - kSteps);
       }
-      if (!kScalesSums && ends_group(step)) {
+      if (!kSums && ends_group(step)) {
         if (step + 1 < kSteps) {
           load_scales(stage, (step + 1) / 2);
           set_small();
@@ -777,31 +792,32 @@ __global__ void __cluster_dims__(kCluster) __launch_bounds__(128 * (kGroups * kT
       barrier_wait(my_full + 8 * stage, parity);
       load_words(stage, 0);
       load_words(stage, 1);
-      if constexpr (!kScalesSums) load_scales(stage, 0);
+      if (!sums_scaled) load_scales(stage, 0);
     }
-    auto multiply_stages = [&](auto is_small) {
+    auto multiply_stages = [&](auto scaling) {
       for (; behind < count; behind += kTeams) {
         if (behind + 2 * kTeams >= count) draw_ticket();
         int next_stage = stage + kTeams, next_parity = parity;
         if (next_stage >= kStages) next_stage -= kStages, next_parity ^= 1;
-        multiply_stage(is_small, next_stage, next_parity, behind + kTeams >= count);
+        multiply_stage(scaling, next_stage, next_parity, behind + kTeams >= count);
         to_release = lane == 0 ? my_empty + 8 * stage : 0;
         stage = next_stage;
         parity = next_parity;
       }
     };
-    if (kTile.wants_small() &&
-        __reduce_or_sync(0xffffffff, large) == 0) {  // for the compiler, REDUX gives a uniform value
-      if constexpr (kTile.wants_small()) multiply_stages(std::true_type());
-    } else {
-      multiply_stages(std::false_type());
+    if (sums_scaled) {
+      if constexpr (kScalesSums) {
+        multiply_stages(std::integral_constant<Scaling, Scaling::sums>());
+        add_scaled();
+      }
+    } else if (kTile.wants_small() &&
+               __reduce_or_sync(0xffffffff, large) == 0) {  // for the compiler, REDUX gives a uniform value
+      if constexpr (kTile.wants_small()) multiply_stages(std::integral_constant<Scaling, Scaling::small_weights>());
+    } else if constexpr (!kTile.scales_short_sums()) {
+      multiply_stages(std::integral_constant<Scaling, Scaling::weights>());
     }
     draw_ticket();
-    if constexpr (kScalesSums) {
-      add_scaled();
-    } else {
-      wgmma_wait<0>();
-    }
+    wgmma_wait<0>();
     barrier_arrive_unless_0(to_release);
     to_release = 0;
     behind -= count;

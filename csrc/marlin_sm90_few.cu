@@ -261,6 +261,9 @@ __global__ void __launch_bounds__(32 * kWarps, kPerSm) marlin_kernel(const __gri
     a_gmem = static_cast<const char*>(args.A) + static_cast<uint64_t>(row) * args.a_row_bytes +
              (load_k * STAGE_K + piece * 8) * 2;
     s_column = static_cast<const char*>(args.s) + (n0 + piece * 8) * 2;
+    // What is read when C is written, 128 bytes each: else that waits for DRAM.
+    if (lane == 0 && !grouped) prefetch(s_column);
+    if (lane == 0 && args.bias != nullptr && n0 < args.n_c) prefetch(args.bias + n0);
   };
   auto load_weights = [&] {
     if (loads_left <= 0) return;
