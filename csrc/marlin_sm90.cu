@@ -281,7 +281,7 @@ struct Args {
   float* partials;
 };
 
-// n / d, d given as ceil(2^kBits / d): exact as long as n d < 2^kBits. The first copies would wait for three divisions.
+// n / d, d given as ceil(2^kBits / d): exact as long as n d < 2^kBits and n / d < 2^(64 - kBits). The first copies would wait for three divisions.
 template <int kBits>
 __device__ inline int quotient(int n, uint64_t per_d) {
   return static_cast<int>(static_cast<uint32_t>(n) * per_d >> kBits);

@@ -53,7 +53,7 @@ struct Tile {
 };
 
 // The measured ones: microseconds on an H200 of a stage, of a tile's end, of a tile that several CTAs share, for each of
-// them, and of a launch; fitted to the times of seven Llama shapes (docs/kernel.md).
+// them, and of a launch; fitted to the times of Llama's and smaller shapes (docs/kernel.md).
 struct TileCost {
   Tile tile;
   float stage_us, tile_us, sharer_us, start_us;
@@ -515,7 +515,7 @@ __global__ void __launch_bounds__(32 * kWarps, kPerSm) marlin_kernel(const __gri
   }
   if (threadIdx.x == 0) {
     barrier_init(patches_full, kThreads);
-    barrier_init(patches_free, kThreads);
+    if (kPatches == 1) barrier_init(patches_free, kThreads);
   }
   __syncthreads();
   if (!grouped) {  // channelwise: ones here, the scales when C is written
