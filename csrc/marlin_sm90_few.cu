@@ -28,7 +28,7 @@ namespace {
 constexpr int STAGE_K = 64;                    // rows of the weight in a stage
 constexpr int STEPS = STAGE_K / TILE_K;        // k16 steps in it
 constexpr int SCALE_K = 32;                    // rows that certainly share a scale; groups are multiples of it
-constexpr int SCALE_ROWS = STAGE_K / SCALE_K;  // rows of scales in a stage
+constexpr int SCALE_ROWS = STAGE_K / SCALE_K;  // rows of scales in a stage, at most
 constexpr int B_BYTES = TILE_N * STAGE_K / 2, S_BYTES = TILE_N * SCALE_ROWS * 2;  // of a stage
 // Of a warp's patch, in which it lays out its sums as rows of C; + 4 spreads four tokens over all banks.
 constexpr int PATCH_PITCH = TILE_N + 4;
@@ -197,10 +197,9 @@ struct Args {
   uint32_t group_magic;                            // the same for group / 16; 0 for channelwise
   int k16_rows;                                    // K / 16
   uint32_t b_row_bytes, s_row_bytes, a_row_bytes;  // of a k16 row of B, of a row of s, of A
-  int tokens, whole_stages;                        // M, stages that are full: min(K, K_A) / 64
+  int tokens, whole_stages;                        // M, stages of A that are full: K_A / 64
   uint32_t b_step_bytes;                           // of B from a stage to the warp's next
   int k_a;                                         // K_A
-  bool halves;                                     // a stage has two rows of scales
   bool wide_c;                                     // C takes 4-byte stores
   int32_t* counters;                               // of the shared tiles, by the first CTA of each
   uint2* parts;                                    // two for each CTA: of the tile of its first stage, and of its last
@@ -210,7 +209,8 @@ struct Args {
   CUtensorMap a_map;
 };
 
-template <int kTokens, int kWarps, int kStages, int kPerSm>
+// kHalves: a stage has two rows of scales.
+template <int kTokens, int kWarps, int kStages, int kPerSm, bool kHalves>
 __global__ void __launch_bounds__(32 * kWarps, kPerSm) marlin_kernel(const __grid_constant__ Args args) {
   constexpr Tile kTile{kTokens, kWarps, kStages, kPerSm};
   constexpr int kThreads = 32 * kWarps;
@@ -220,7 +220,7 @@ __global__ void __launch_bounds__(32 * kWarps, kPerSm) marlin_kernel(const __gri
   launch_dependents();
   const int cta = blockIdx.x;
   const int lane = threadIdx.x % 32, warp = __shfl_sync(0xffffffff, threadIdx.x / 32, 0);  // uniform: scalar registers
-  const bool grouped = args.group_magic != 0, halves = args.halves;
+  const bool grouped = args.group_magic != 0;
 
   constexpr bool kMapsA = kTile.maps_a();
   extern __shared__ __align__(1024) unsigned char smem[];
@@ -239,88 +239,103 @@ __global__ void __launch_bounds__(32 * kWarps, kPerSm) marlin_kernel(const __gri
 
   // ---- issue next loads: a cursor that runs ahead of the products, over the borders of tiles -------------------------
   // Of a stage a lane copies 16 bytes of each k16 row of B, of rows `row` and `row` + 4 of A, and of row `row` of s.
-  uint32_t stage_wr = 0;  // where the next stage goes, from the start of the ring
-  int slot_wr = 0;        // the same as a number
   const int piece = lane % 8, row = lane / 8;
   const uint32_t b_wr = made(ring + lane * 16);  // and where it puts s, behind kSOffset
-  const uint32_t a_wr = made(ring + kAOffset + row * 128 + ((piece ^ row) << 4));  // row + 4: the other half
-  const bool s_mine = grouped && (row == SCALE_ROWS - 1 || (row == 0 && halves));
-  int loads_left = unit < stripe_end ? (stripe_end - unit - 1) / kWarps + 1 : 0;
-  int load_tile, load_k;        // the stage to load next
-  int rows_left;                // k16 rows from its first to the end of K
+  const uint32_t a_wr = made(ring + kAOffset + row * 128 + ((piece ^ row) << 4));
+  const uint32_t a_wr4 = (a_wr ^ 64) + 512;  // row + 4
+  const bool s_mine = grouped && row < (kHalves ? 2 : 1);
+  int load_unit = unit;         // this warp's first stage that is not in the plan
+  int easy = 0;                 // the plan: so many whole stages, one after the other down a tile
+  int load_k16;                 // the first k16 row of the next
   const char *b_gmem, *a_gmem;  // where it lies
   const char* s_column;         // where the first row of scales has this lane's piece
 
-  auto aim_loads = [&](int unit) {
-    load_tile = __umulhi(unit, args.k_magic);
-    load_k = unit - load_tile * args.k_stages;
-    rows_left = args.k16_rows - load_k * STEPS;
-    const int n0 = load_tile * TILE_N;
-    b_gmem = static_cast<const char*>(args.B) + static_cast<uint64_t>(load_k * STEPS) * args.b_row_bytes +
-             (n0 * 8 + lane * 16);
+  auto plan_loads = [&] {
+    const int tile = __umulhi(load_unit, args.k_magic), k = load_unit - tile * args.k_stages, n0 = tile * TILE_N;
+    load_k16 = k * STEPS;
+    b_gmem =
+        static_cast<const char*>(args.B) + static_cast<uint64_t>(load_k16) * args.b_row_bytes + (n0 * 8 + lane * 16);
     a_gmem = static_cast<const char*>(args.A) + static_cast<uint64_t>(row) * args.a_row_bytes +
-             (load_k * STAGE_K + piece * 8) * 2;
+             (k * STAGE_K + piece * 8) * 2;
     s_column = static_cast<const char*>(args.s) + (n0 + piece * 8) * 2;
+    easy = static_cast<uint32_t>(max(0, min(args.whole_stages - k, stripe_end - load_unit)) + kWarps - 1) / kWarps;
+    load_unit += easy * kWarps;
     // What is read when C is written, 128 bytes each: else that waits for DRAM.
     if (lane == 0 && !grouped) prefetch(s_column);
     if (lane == 0 && args.bias != nullptr && n0 < args.n_c) prefetch(args.bias + n0);
   };
-  auto load_weights = [&] {
-    if (loads_left <= 0) return;
-    const uint32_t to = b_wr + stage_wr;
+  auto load_scales = [&](uint32_t to, int k16) {
+    const uint64_t at = static_cast<uint64_t>(__umulhi(k16, args.group_magic)) * args.s_row_bytes;
+    if (s_mine) cp_async16(to + kSOffset, s_column + at);
+  };
+  auto load_weights = [&](int slot) {
+    const uint32_t to = b_wr + slot * kStageBytes;
 #pragma unroll
-    for (int i = 0; i < STEPS; ++i) {
-      if (i < rows_left) cp_async16(to + i * 512, b_gmem + static_cast<uint64_t>(i) * args.b_row_bytes);
-    }
-    if (s_mine) {  // past the end of K the last row, whose products are zero
-      const uint32_t k16 = load_k * STEPS + min(row * (SCALE_K / TILE_K), rows_left - 1);
-      cp_async16(to + kSOffset, s_column + static_cast<uint64_t>(__umulhi(k16, args.group_magic)) * args.s_row_bytes);
+    for (int i = 0; i < STEPS; ++i) cp_async16(to + i * 512, b_gmem + static_cast<uint64_t>(i) * args.b_row_bytes);
+    load_scales(to, load_k16 + (kHalves ? row * (SCALE_K / TILE_K) : 0));
+  };
+  auto load_box = [&](int slot) {
+    if (elected()) {
+      barrier_expect(a_full + 8 * slot, kTile.a_bytes());
+      copy_box(a_ring + slot * kTile.a_bytes(), args.a_map, load_k16 * TILE_K, 0, a_full + 8 * slot);
     }
   };
-  auto load_activations = [&] {
+  auto load_activations = [&](int slot) {
     if constexpr (kMapsA) {
-      if (loads_left > 0 && lane == 0) {
-        barrier_expect(a_full + 8 * slot_wr, kTile.a_bytes());
-        copy_box(a_ring + slot_wr * kTile.a_bytes(), args.a_map, load_k * STAGE_K, 0, a_full + 8 * slot_wr);
-      }
-    } else if (loads_left > 0) {
-      const uint32_t to = a_wr + stage_wr;
-      if (load_k < args.whole_stages) {
-#pragma unroll
-        for (int i = 0; i < (kTokens + 3) / 4; ++i) {
-          if (row + 4 * i < args.tokens) {
-            cp_async16((to ^ (i % 2 << 6)) + i * 512, a_gmem + static_cast<uint64_t>(4 * i) * args.a_row_bytes);
-          }
-        }
-      } else {  // zeros behind the last column
-        const int bytes = max(0, min(16, 2 * (args.k_a - load_k * STAGE_K - piece * 8)));
-#pragma unroll 1
-        for (int i = 0; row + 4 * i < args.tokens; ++i) {
-          const char* const from = a_gmem + static_cast<uint64_t>(4 * i) * args.a_row_bytes;
-          cp_async16((to ^ (i % 2 << 6)) + i * 512, bytes > 0 ? from : static_cast<const char*>(args.A), bytes);
-        }
+      load_box(slot);
+    } else {
+      if (row < args.tokens) cp_async16(a_wr + slot * kStageBytes, a_gmem);
+      if (kTokens > 4 && row + 4 < args.tokens) {
+        cp_async16(a_wr4 + slot * kStageBytes, a_gmem + static_cast<uint64_t>(4) * args.a_row_bytes);
       }
     }
-    cp_async_commit();  // also when empty: the count of groups is the clock of the ring
   };
-  auto advance_loads = [&] {
-    stage_wr = stage_wr == kRingBytes - kStageBytes ? 0 : stage_wr + kStageBytes;
-    slot_wr = slot_wr == kStages - 1 ? 0 : slot_wr + 1;
-    --loads_left;
+  auto step_loads = [&] {
+    --easy;
+    load_k16 += kWarps * STEPS;
     b_gmem += args.b_step_bytes;
     a_gmem += kWarps * STAGE_K * 2;
-    load_k += kWarps;
-    rows_left -= kWarps * STEPS;
-    if (load_k >= args.k_stages) aim_loads(load_tile * args.k_stages + load_k);
+  };
+  // The stage at the end of K: rows behind it keep what they are, with zeros for activations.
+  auto load_last = [&](int slot) {
+    const uint32_t to = b_wr + slot * kStageBytes;
+    const int rows = args.k16_rows - load_k16;
+#pragma unroll 1
+    for (int i = 0; i < min(rows, STEPS); ++i) {
+      cp_async16(to + i * 512, b_gmem + static_cast<uint64_t>(i) * args.b_row_bytes);
+    }
+    load_scales(to, load_k16 + (kHalves ? min(row * (SCALE_K / TILE_K), rows - 1) : 0));
+    if constexpr (kMapsA) {
+      load_box(slot);
+    } else {
+      const int bytes = max(0, min(16, 2 * (args.k_a - load_k16 * TILE_K - piece * 8)));
+#pragma unroll 1
+      for (int i = 0; row + 4 * i < args.tokens; ++i) {
+        const char* const from = a_gmem + static_cast<uint64_t>(4 * i) * args.a_row_bytes;
+        cp_async16((i == 0 ? a_wr : a_wr4) + slot * kStageBytes, bytes > 0 ? from : static_cast<const char*>(args.A),
+                   bytes);
+      }
+    }
+    load_unit += kWarps;
+  };
+  auto load_stage = [&](int slot) {
+    if (easy == 0 && load_unit < stripe_end) {
+      plan_loads();
+      if (easy == 0) load_last(slot);
+    }
+    if (easy > 0) {
+      load_weights(slot);
+      load_activations(slot);
+      step_loads();
+    }
+    cp_async_commit();  // also when empty: the count of groups is the clock of the ring
   };
 
   // ---- load fragments, dequantise, multiply --------------------------------------------------------------------------
   // Sums of a group are scaled, not its weights: 9 instructions a word instead of 13.
-  constexpr int kBlocks = (kTokens + 7) / 8;        // of tokens
-  constexpr int kAhead = kBlocks == 1 ? STEPS : 2;  // steps whose operands are read at once, as far as registers go
-  float acc[4][kBlocks][4];  // (m16 blocks, n8 blocks, features g and g + 8 x tokens 2t and 2t + 1)
-  uint32_t stage_rd = 0;
-  int slot_rd = 0, parity = 0;
+  constexpr int kBlocks = (kTokens + 7) / 8;  // of tokens
+  float acc[4][kBlocks][4];                   // (m16 blocks, n8 blocks, features g and g + 8 x tokens 2t and 2t + 1)
+  int slot_rd = 0, slot_wr = kStages - 1, parity = 0;
   const uint32_t s_rd = made(ring + kSOffset + lane / 4 * 16);
   // ldmatrix: lane l points at row l % 8 of piece l / 8: two steps of k16. A single token is read eight times.
   const int a_rd_row = kTokens == 1 ? 0 : lane % 8;
@@ -331,31 +346,24 @@ __global__ void __launch_bounds__(32 * kWarps, kPerSm) marlin_kernel(const __gri
   auto multiply_stage = [&] {
     cp_async_wait<kStages - 2>();
     __syncwarp();  // ... for every lane, and every lane has read the stage before: its place is free for new loads
-    const uint32_t at = stage_rd, a_at = kMapsA ? slot_rd * kTile.a_bytes() : stage_rd;
+    const uint32_t at = slot_rd * kStageBytes, a_at = kMapsA ? slot_rd * kTile.a_bytes() : at;
     if constexpr (kMapsA) {
       barrier_wait(a_full + 8 * slot_rd, parity);
-      slot_rd = slot_rd == kStages - 1 ? 0 : slot_rd + 1;
-      parity ^= slot_rd == 0;
+      parity ^= slot_rd == kStages - 1;
     }
-    uint32_t words[kAhead][4], right[kAhead][kBlocks][2], scales[SCALE_ROWS][4];
-    auto read = [&](int first) {
+    uint32_t words[STEPS][4], right[STEPS][kBlocks][2], scales[SCALE_ROWS][4];
 #pragma unroll
-      for (int i = 0; i < kAhead; ++i) load_smem(words[i], b_wr + at + (first + i) * 512);
+    for (int i = 0; i < STEPS; ++i) load_smem(words[i], b_wr + at + i * 512);
 #pragma unroll
-      for (int i = 0; i < kAhead; i += 2) {
+    for (int i = 0; i < STEPS; i += 2) {
 #pragma unroll
-        for (int j = 0; j < kBlocks; ++j) {
-          ldmatrix_x4(right[i][j], right[i + 1][j], a_rd[(first + i) / 2] + a_at + j * 1024);
-        }
-      }
-    };
-    read(0);
-    if (halves) load_smem(scales[0], s_rd + at);
-    load_smem(scales[1], s_rd + at + S_BYTES / 2);
-    stage_rd = stage_rd == kRingBytes - kStageBytes ? 0 : stage_rd + kStageBytes;
-    load_weights();
-    load_activations();
-    advance_loads();
+      for (int j = 0; j < kBlocks; ++j) ldmatrix_x4(right[i][j], right[i + 1][j], a_rd[i / 2] + a_at + j * 1024);
+    }
+    load_smem(scales[0], s_rd + at);
+    if (kHalves) load_smem(scales[1], s_rd + at + S_BYTES / 2);
+    load_stage(slot_wr);
+    slot_wr = slot_rd;
+    slot_rd = slot_rd == kStages - 1 ? 0 : slot_rd + 1;
 
     float sums[4][kBlocks][4] = {};  // of one group, not yet scaled
     auto add_scaled = [&](const uint32_t (&pairs)[4]) {
@@ -371,8 +379,7 @@ __global__ void __launch_bounds__(32 * kWarps, kPerSm) marlin_kernel(const __gri
     };
 #pragma unroll
     for (int step = 0; step < STEPS; ++step) {
-      if (step == kAhead) read(kAhead);
-      if (step == STEPS / 2 && halves) {
+      if (kHalves && step == STEPS / 2) {
         add_scaled(scales[0]);
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
@@ -383,12 +390,12 @@ __global__ void __launch_bounds__(32 * kWarps, kPerSm) marlin_kernel(const __gri
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
         uint32_t left[4];
-        dequantise(words[step % kAhead][i], left);
+        dequantise(words[step][i], left);
 #pragma unroll
-        for (int j = 0; j < kBlocks; ++j) mma_m16n8k16(sums[i][j], left, right[step % kAhead][j]);
+        for (int j = 0; j < kBlocks; ++j) mma_m16n8k16(sums[i][j], left, right[step][j]);
       }
     }
-    add_scaled(scales[1]);
+    add_scaled(scales[kHalves]);
   };
 
   // ---- finish a tile: sum over the warps, over the CTAs that share it, write --------------------------------------------
@@ -495,8 +502,9 @@ __global__ void __launch_bounds__(32 * kWarps, kPerSm) marlin_kernel(const __gri
   // ---- main loop -----------------------------------------------------------------------------------------------------
   // Weights and scales do not depend on the kernel before. Only the first stage is ahead of the activations: groups of copies
   // are waited for in order. The code up to here is short on purpose: instructions come from memory too.
-  aim_loads(unit);
-  load_weights();
+  if (load_unit < stripe_end) plan_loads();
+  const bool ahead = easy > 0;
+  if (ahead) load_weights(0);
   if constexpr (kMapsA) {
     if (lane == 0) {
 #pragma unroll
@@ -507,12 +515,13 @@ __global__ void __launch_bounds__(32 * kWarps, kPerSm) marlin_kernel(const __gri
     __syncwarp();
   }
   wait_for_previous_kernel();
-#pragma unroll 1
-  for (int i = 0; i < kStages - 1; ++i) {
-    if (i > 0) load_weights();
-    load_activations();
-    advance_loads();
+  if (ahead) {
+    load_activations(0);
+    step_loads();
+    cp_async_commit();
   }
+#pragma unroll 1
+  for (int slot = ahead; slot < kStages - 1; ++slot) load_stage(slot);
   if (threadIdx.x == 0) {
     barrier_init(patches_full, kThreads);
     if (kPatches == 1) barrier_init(patches_free, kThreads);
@@ -557,10 +566,10 @@ __global__ void __launch_bounds__(32 * kWarps, kPerSm) marlin_kernel(const __gri
 // Host
 // ---------------------------------------------------------------------------------------------------------------------
 
-template <int kIdx>
+template <int kIdx, bool kHalves>
 Status launch(const Args& args, int grid, bool overlap, cudaStream_t stream) {
   constexpr Tile kTile = kTiles[kIdx].tile;
-  const auto kernel = marlin_kernel<kTile.tokens, kTile.warps, kTile.stages, kTile.per_sm>;
+  const auto kernel = marlin_kernel<kTile.tokens, kTile.warps, kTile.stages, kTile.per_sm, kHalves>;
   constexpr int kSmem = kTile.smem_bytes();
   if (cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kSmem) != cudaSuccess) {
     return Status::launch_failed;
@@ -579,10 +588,13 @@ Status launch(const Args& args, int grid, bool overlap, cudaStream_t stream) {
 }
 
 template <int... kIdx>
-Status launch_any(const Args& args, int grid, bool overlap, int tile_idx, cudaStream_t stream,
+Status launch_any(const Args& args, int grid, bool overlap, int tile_idx, bool halves, cudaStream_t stream,
                   std::integer_sequence<int, kIdx...>) {
   Status status = Status::no_config;
-  ((tile_idx == kIdx && (status = launch<kIdx>(args, grid, overlap, stream), true)) || ...);
+  ((tile_idx == kIdx && (status = halves ? launch<kIdx, true>(args, grid, overlap, stream)
+                                         : launch<kIdx, false>(args, grid, overlap, stream),
+                         true)) ||
+   ...);
   return status;
 }
 
@@ -611,7 +623,6 @@ Status run_sm90_few(const Problem& p, const Config& config, bool overlap, int32_
   args.whole_stages = static_cast<int>(p.K_A / STAGE_K);
   args.b_step_bytes = args.b_row_bytes * STEPS * tile.warps;
   args.k_a = static_cast<int>(p.K_A);
-  args.halves = p.group != p.K && p.group % STAGE_K != 0;
   args.wide_c = p.N_C % 2 == 0 && is_aligned(p.C, 4);
   args.bias = static_cast<const half*>(p.bias);
   args.C = static_cast<half*>(p.C);
@@ -622,7 +633,8 @@ Status run_sm90_few(const Problem& p, const Config& config, bool overlap, int32_
                                    tile.tokens, STAGE_K, CU_TENSOR_MAP_SWIZZLE_128B)) {
     return Status::launch_failed;
   }
-  return launch_any(args, grid, overlap, config.tile_idx, static_cast<cudaStream_t>(stream),
+  const bool halves = p.group != p.K && p.group % STAGE_K != 0;
+  return launch_any(args, grid, overlap, config.tile_idx, halves, static_cast<cudaStream_t>(stream),
                     std::make_integer_sequence<int, kNumTiles>());
 }
 
