@@ -42,10 +42,11 @@ struct Tile {
   MARLIN_HD constexpr int stage_k() const { return TILE_K * steps; }
   MARLIN_HD constexpr int consumers() const { return 128 * groups * teams; }
   MARLIN_HD constexpr int accumulators() const { return blocks * tokens / 2; }  // of a thread
-  // Few tokens: the sums of a group are scaled, not its weights, 9 instructions a word instead of 13. Those of short groups, each of
-  // which waits for its products, only where they are fewest.
+  // Few tokens: the sums of a group are scaled, not its weights, 9 instructions a word instead of 13. Not those of short groups,
+  // each of which would wait for its products.
   MARLIN_HD constexpr bool scales_sums() const { return blocks == 4 && tokens <= 32; }
-  MARLIN_HD constexpr bool scales_short_sums() const { return blocks == 4 && tokens <= 16; }
+  // Groups of which a stage has several have a kernel of their own. With more tokens the products hide what they cost.
+  MARLIN_HD constexpr bool parts_short_groups() const { return tokens < 128; }
   // Small scales make dequantisation shorter by 3 instructions of 13, which pays up to here.
   MARLIN_HD constexpr bool wants_small() const { return !scales_sums() && blocks > 1 && tokens <= 64; }
   MARLIN_HD constexpr int token_blocks() const { return tokens / 8; }
@@ -259,9 +260,6 @@ __device__ inline void dequantise_small(uint32_t (&left)[4], uint32_t word, cons
 // Kernel
 // ---------------------------------------------------------------------------------------------------------------------
 
-// What the scales multiply: weights, these by way of subnormals, or the sums of a group.
-enum class Scaling { weights, small_weights, sums };
-
 struct Args {
   CUtensorMap a_map, b_map, s_map;
   // What the first copies need, 64 bytes: they come from memory with every launch.
@@ -348,7 +346,8 @@ __device__ inline Corner corner_of(const Args& args, int tile, int features, int
   return {slice * features, (tile - slice * args.token_tiles) * tokens};
 }
 
-template <int kBlocks, int kTokens, int kGroups, int kTeams, int kCluster, int kSteps>
+// kShortGroups: takes groups of which a stage has several, too.
+template <int kBlocks, int kTokens, int kGroups, int kTeams, int kCluster, int kSteps, bool kShortGroups>
 __global__ void __cluster_dims__(kCluster) __launch_bounds__(128 * (kGroups * kTeams + 1), 1)
     marlin_kernel(const __grid_constant__ Args args) {
   constexpr Tile kTile{kBlocks, kTokens, kGroups, kTeams, kCluster, kSteps};
@@ -477,7 +476,7 @@ __global__ void __cluster_dims__(kCluster) __launch_bounds__(128 * (kGroups * kT
   const bool grouped = args.group_stages != 0;
 
   float acc[kBlocks][kTokens / 2];  // (m64 blocks, n8 blocks x (features g, g + 8) x (tokens 2t, 2t + 1))
-  constexpr bool kScalesSums = kTile.scales_sums();
+  constexpr bool kScalesSums = kTile.scales_sums() && !kShortGroups;
   float sums[kScalesSums ? kBlocks : 1][kTokens / 2];  // of one group, not yet scaled
   uint32_t left[2][kBlocks][4];                        // (buffers, m64 blocks, registers)
   uint32_t words[2][kBlocks];                          // of this step and the next
@@ -531,15 +530,12 @@ __global__ void __cluster_dims__(kCluster) __launch_bounds__(128 * (kGroups * kT
   // Whether the rows up to this step's are the end of a group, or of the stage.
   const bool of_32 = args.group_shift <= 5, of_64 = args.group_shift <= 6;
   auto ends_group = [&](int step) {
-    return (step + 1) % kSteps == 0 || (step % 4 == 3 && of_64) || (step % 2 == 1 && of_32);
+    return (step + 1) % kSteps == 0 || (kShortGroups && ((step % 4 == 3 && of_64) || (step % 2 == 1 && of_32)));
   };
-  const bool whole_groups = kStageK >> args.group_shift <= 1;  // a stage has no two
-  const bool sums_scaled = kScalesSums && (kTile.scales_short_sums() || whole_groups);
 
   // ---- one stage ---------------------------------------------------------------------------------------------------------
-  auto multiply_stage = [&](auto scaling, int next_stage, int next_parity, bool last) {
-    constexpr bool kSmall = decltype(scaling)::value == Scaling::small_weights;
-    constexpr bool kSums = decltype(scaling)::value == Scaling::sums;
+  auto multiply_stage = [&](auto small_scales, int next_stage, int next_parity, bool last) {
+    constexpr bool kSmall = decltype(small_scales)::value;
     // the low half of the descriptor; shfl as above
     const uint32_t tokens = __shfl_sync(0xffffffff, (1 << 16) | (ring + stage * (kABytes + kBBytes)) >> 4, 0);
     bool there = last;  // the next stage, as far as there is one
@@ -556,20 +552,15 @@ __global__ void __cluster_dims__(kCluster) __launch_bounds__(128 * (kGroups * kT
         if constexpr (kSmall) {
           dequantise_small(left[step % 2][i], words[step % 2][i], small[i]);
         } else {
-          dequantise<!kSums>(left[step % 2][i], words[step % 2][i], s_frag[i]);
+          dequantise<!kScalesSums>(left[step % 2][i], words[step % 2][i], s_frag[i]);
         }
       }
-      if (kSums && step == 0) {  // of the stage before
-        add_scaled();
-      } else if (kSums && kTile.scales_short_sums() && ends_group(step - 1)) {
-        add_scaled();
-        zero(sums);
-      }
+      if (kScalesSums && step == 0) add_scaled();  // of the stage before
       wgmma_fence();
 #pragma unroll
       for (int i = 0; i < kBlocks; ++i) {
         const uint64_t right = tokens_descriptor(tokens + 2 * (step % 4) + step / 4 * (kABox / 16));
-        if constexpr (!kSums) {
+        if constexpr (!kScalesSums) {
           wgmma<kTokens, true>(acc[i], left[step % 2][i], right);
         } else if (step == 0) {
           wgmma<kTokens, false>(sums[i], left[step % 2][i], right);
@@ -578,8 +569,7 @@ __global__ void __cluster_dims__(kCluster) __launch_bounds__(128 * (kGroups * kT
         }
       }
       wgmma_commit();
-      if (kSums && (step + 1 == kSteps || (kTile.scales_short_sums() && ends_group(step))))
-        load_scales(stage, step / 2);
+      if (kScalesSums && step + 1 == kSteps) load_scales(stage, 0);
       // Asked a step ahead, so that the answer is there. What is read behind the last stage is not used.
       if (step + 3 == kSteps) there |= barrier_test(my_full + 8 * next_stage, next_parity);
       if (step + 2 < kSteps) {
@@ -588,7 +578,7 @@ __global__ void __cluster_dims__(kCluster) __launch_bounds__(128 * (kGroups * kT
         if (step + 2 == kSteps) barrier_wait(my_full + 8 * next_stage, next_parity, there);
         load_words(next_stage, step + 2 - kSteps);
       }
-      if (!kSums && ends_group(step)) {
+      if (!kScalesSums && ends_group(step)) {
         if (step + 1 < kSteps) {
           load_scales(stage, (step + 1) / 2);
           set_small();
@@ -792,30 +782,26 @@ __global__ void __cluster_dims__(kCluster) __launch_bounds__(128 * (kGroups * kT
       barrier_wait(my_full + 8 * stage, parity);
       load_words(stage, 0);
       load_words(stage, 1);
-      if (!sums_scaled) load_scales(stage, 0);
+      if (!kScalesSums) load_scales(stage, 0);
     }
-    auto multiply_stages = [&](auto scaling) {
+    auto multiply_stages = [&](auto small_scales) {
       for (; behind < count; behind += kTeams) {
         if (behind + 2 * kTeams >= count) draw_ticket();
         int next_stage = stage + kTeams, next_parity = parity;
         if (next_stage >= kStages) next_stage -= kStages, next_parity ^= 1;
-        multiply_stage(scaling, next_stage, next_parity, behind + kTeams >= count);
+        multiply_stage(small_scales, next_stage, next_parity, behind + kTeams >= count);
         to_release = lane == 0 ? my_empty + 8 * stage : 0;
         stage = next_stage;
         parity = next_parity;
       }
     };
-    if (sums_scaled) {
-      if constexpr (kScalesSums) {
-        multiply_stages(std::integral_constant<Scaling, Scaling::sums>());
-        add_scaled();
-      }
-    } else if (kTile.wants_small() &&
-               __reduce_or_sync(0xffffffff, large) == 0) {  // for the compiler, REDUX gives a uniform value
-      if constexpr (kTile.wants_small()) multiply_stages(std::integral_constant<Scaling, Scaling::small_weights>());
-    } else if constexpr (!kTile.scales_short_sums()) {
-      multiply_stages(std::integral_constant<Scaling, Scaling::weights>());
+    // for the compiler, REDUX gives a uniform value
+    if (kTile.wants_small() && __reduce_or_sync(0xffffffff, large) == 0) {
+      if constexpr (kTile.wants_small()) multiply_stages(std::true_type());
+    } else {
+      multiply_stages(std::false_type());
     }
+    if constexpr (kScalesSums) add_scaled();
     draw_ticket();
     wgmma_wait<0>();
     barrier_arrive_unless_0(to_release);
@@ -928,10 +914,11 @@ __global__ void __cluster_dims__(kCluster) __launch_bounds__(128 * (kGroups * kT
 // Host
 // ---------------------------------------------------------------------------------------------------------------------
 
-template <int kIdx>
+template <int kIdx, bool kShortGroups>
 Status launch(const Args& args, int grid, bool overlap, cudaStream_t stream) {
   constexpr Tile kTile = kTiles[kIdx].tile;
-  const auto kernel = marlin_kernel<kTile.blocks, kTile.tokens, kTile.groups, kTile.teams, kTile.cluster, kTile.steps>;
+  const auto kernel =
+      marlin_kernel<kTile.blocks, kTile.tokens, kTile.groups, kTile.teams, kTile.cluster, kTile.steps, kShortGroups>;
   constexpr int kSmem = kTile.smem_bytes();
   if (cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kSmem) != cudaSuccess)
     return Status::launch_failed;
@@ -948,6 +935,15 @@ Status launch(const Args& args, int grid, bool overlap, cudaStream_t stream) {
     config.numAttrs = 1;
   }
   return cudaLaunchKernelEx(&config, kernel, args) == cudaSuccess ? Status::ok : Status::launch_failed;
+}
+
+template <int kIdx>
+Status launch(const Args& args, int grid, bool overlap, cudaStream_t stream) {
+  constexpr Tile kTile = kTiles[kIdx].tile;
+  if constexpr (kTile.parts_short_groups()) {
+    if (kTile.stage_k() >> args.group_shift <= 1) return launch<kIdx, false>(args, grid, overlap, stream);
+  }
+  return launch<kIdx, true>(args, grid, overlap, stream);
 }
 
 template <int... kIdx>
