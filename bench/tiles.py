@@ -139,7 +139,7 @@ KERNELS = {"sm80": ["sm80"], "sm90": ["sm90", "sm90_few"]}  # that a backend cho
 
 
 def kernel_of(tile: str, backend: str) -> str:
-    """Whose tile it is: those of sm90_few have four numbers, those of sm90 six."""
+    """Whose tile it is: those of sm90_few have four numbers, those of sm90 five."""
     return "sm90_few" if backend == "sm90" and tile.count("x") == 3 else backend
 
 

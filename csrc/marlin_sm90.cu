@@ -25,10 +25,12 @@ namespace {
 // Configurations
 // ---------------------------------------------------------------------------------------------------------------------
 
-constexpr int MIN_GROUP = 32;       // rows that certainly share a scale
-constexpr int SMEM_BYTES = 232448;  // that a CTA may use on sm_90
-constexpr int MAX_K = 1 << 22;      // up to which `quotient` is exact
-constexpr int BAND = 16;            // token tiles that are worked off together
+constexpr int STEPS = 8;                 // k16 steps in a stage
+constexpr int STAGE_K = TILE_K * STEPS;  // rows of the weight in it
+constexpr int MIN_GROUP = 32;            // rows that certainly share a scale
+constexpr int SMEM_BYTES = 232448;       // that a CTA may use on sm_90
+constexpr int MAX_K = 1 << 22;           // up to which `quotient` is exact
+constexpr int BAND = 16;                 // token tiles that are worked off together
 
 struct Tile {
   int blocks;  // m64 blocks of a warpgroup: 1, 2 or 4
@@ -36,17 +38,15 @@ struct Tile {
   int groups;
   int teams;
   int cluster;  // CTAs that work on one tile: 1, or 2 that take the stages in turn
-  int steps;    // k16 steps in a stage: 4 or 8
 
   MARLIN_HD constexpr int features() const { return 64 * blocks * groups; }
-  MARLIN_HD constexpr int stage_k() const { return TILE_K * steps; }
   MARLIN_HD constexpr int consumers() const { return 128 * groups * teams; }
   MARLIN_HD constexpr int accumulators() const { return blocks * tokens / 2; }  // of a thread
   // Few tokens: the sums of a group are scaled, not its weights, 9 instructions a word instead of 13. Not those of short groups,
   // each of which would wait for its products.
   MARLIN_HD constexpr bool scales_sums() const { return blocks == 4 && tokens <= 32; }
-  // Groups of which a stage has several have a kernel of their own. With more tokens the products hide what they cost.
-  MARLIN_HD constexpr bool parts_short_groups() const { return tokens < 128; }
+  // Groups of which a stage has several have a kernel of their own. With more tokens and blocks the products hide what they cost.
+  MARLIN_HD constexpr bool parts_short_groups() const { return tokens < 128 || blocks == 1; }
   // Small scales make dequantisation shorter by 3 instructions of 13, which pays up to here.
   MARLIN_HD constexpr bool wants_small() const { return !scales_sums() && blocks > 1 && tokens <= 64; }
   MARLIN_HD constexpr int token_blocks() const { return tokens / 8; }
@@ -54,9 +54,9 @@ struct Tile {
   MARLIN_HD constexpr int mine_blocks() const { return (own_blocks() + cluster - 1) / cluster; }  // after the cluster's
   MARLIN_HD constexpr int vectors() const { return mine_blocks() * blocks; }  // of four sums that a thread ends up with
   MARLIN_HD constexpr int inbox_bytes() const { return cluster == 1 ? 0 : vectors() * consumers() * 16; }
-  MARLIN_HD constexpr int a_bytes() const { return tokens * stage_k() * 2; }
-  MARLIN_HD constexpr int b_bytes() const { return features() * stage_k() / 2; }
-  MARLIN_HD constexpr int s_bytes() const { return features() * stage_k() / MIN_GROUP * 2; }
+  MARLIN_HD constexpr int a_bytes() const { return tokens * STAGE_K * 2; }
+  MARLIN_HD constexpr int b_bytes() const { return features() * STAGE_K / 2; }
+  MARLIN_HD constexpr int s_bytes() const { return features() * STAGE_K / MIN_GROUP * 2; }
   MARLIN_HD constexpr int stage_bytes() const { return a_bytes() + b_bytes() + s_bytes(); }
   // Of the teams' sums, so many m64 blocks at a time that they take 24 KB at most.
   MARLIN_HD constexpr int exchange_bytes(int at_once) const { return teams * (teams - 1) * groups * at_once * 2048; }
@@ -78,7 +78,7 @@ struct Tile {
   // barrier apart when data come late, and a parity cannot tell the next phase from the one before the last.
   MARLIN_HD constexpr int stages() const {
     const int fit = (SMEM_BYTES - 2048 - scratch_bytes() - inbox_bytes()) / stage_bytes();
-    const int turns = (64 / steps + teams - 1) / teams;
+    const int turns = (8 + teams - 1) / teams;
     return teams * (fit / teams < turns ? fit / teams : turns);
   }
   // Registers of a thread: what the launch gives all alike, and what producer and consumers have where that is too little.
@@ -108,38 +108,44 @@ struct TileCost {
 
 constexpr TileCost kTiles[] = {
     // 16 tokens
-    {{4, 16, 1, 3, 1, 8}, 0.5652f, 1.73f, 0.19f, 3.27f},
-    {{1, 16, 1, 4, 2, 8}, 0.2723f, 0.27f, 0.54f, 1.92f},
-    {{2, 16, 1, 3, 2, 8}, 0.3779f, 0.29f, 0.16f, 3.65f},
+    {{4, 16, 1, 3, 1}, 1.0f, 1.0f, 1.0f, 1.0f},
+    {{1, 16, 1, 2, 2}, 1.0f, 1.0f, 1.0f, 1.0f},
     // 32
-    {{4, 32, 1, 2, 1, 8}, 0.6630f, 0.82f, 0.64f, 3.33f},
-    {{1, 32, 1, 4, 2, 8}, 0.2654f, 0.51f, 0.57f, 2.13f},
-    {{2, 32, 1, 3, 2, 8}, 0.3542f, 1.54f, 0.41f, 1.85f},
+    {{4, 32, 1, 2, 1}, 1.0f, 1.0f, 1.0f, 1.0f},
+    {{2, 32, 1, 2, 2}, 1.0f, 1.0f, 1.0f, 1.0f},
+    {{1, 32, 1, 2, 2}, 1.0f, 1.0f, 1.0f, 1.0f},
+    {{1, 32, 1, 3, 2}, 1.0f, 1.0f, 1.0f, 1.0f},
     // 48
-    {{2, 48, 1, 3, 2, 8}, 0.4012f, 2.10f, 0.37f, 1.60f},
-    {{4, 48, 1, 2, 1, 8}, 0.7728f, 1.77f, 1.24f, 0.00f},
-    {{1, 48, 1, 4, 2, 8}, 0.2802f, 1.02f, 0.44f, 1.96f},
+    {{4, 48, 1, 2, 1}, 1.0f, 1.0f, 1.0f, 1.0f},
+    {{2, 48, 1, 3, 2}, 1.0f, 1.0f, 1.0f, 1.0f},
+    {{1, 48, 1, 3, 2}, 1.0f, 1.0f, 1.0f, 1.0f},
     // 64
-    {{2, 64, 1, 2, 2, 8}, 0.4864f, 2.11f, 0.50f, 1.28f},
-    {{4, 64, 1, 2, 1, 8}, 0.9675f, 0.41f, 1.68f, 0.00f},
-    {{1, 64, 1, 4, 2, 8}, 0.3116f, 1.55f, 0.55f, 1.63f},
-    {{2, 64, 1, 3, 2, 8}, 0.4810f, 2.46f, 0.57f, 1.26f},
+    {{4, 64, 1, 2, 1}, 1.0f, 1.0f, 1.0f, 1.0f},
+    {{2, 64, 1, 2, 2}, 1.0f, 1.0f, 1.0f, 1.0f},
+    {{1, 64, 1, 2, 2}, 1.0f, 1.0f, 1.0f, 1.0f},
+    {{1, 64, 1, 3, 2}, 1.0f, 1.0f, 1.0f, 1.0f},
+    {{1, 64, 1, 3, 1}, 1.0f, 1.0f, 1.0f, 1.0f},
     // 96
-    {{2, 96, 1, 2, 2, 8}, 0.6870f, 1.95f, 1.03f, 1.26f},
-    {{2, 96, 2, 1, 1, 8}, 1.2817f, 0.00f, 3.56f, 0.00f},
+    {{2, 96, 2, 1, 1}, 1.0f, 1.0f, 1.0f, 1.0f},
+    {{2, 96, 1, 2, 2}, 1.0f, 1.0f, 1.0f, 1.0f},
+    {{1, 96, 4, 1, 1}, 1.0f, 1.0f, 1.0f, 1.0f},
+    {{1, 96, 1, 2, 2}, 1.0f, 1.0f, 1.0f, 1.0f},
+    {{1, 96, 1, 2, 1}, 1.0f, 1.0f, 1.0f, 1.0f},
     // 128
-    {{2, 128, 1, 2, 2, 8}, 0.8203f, 2.48f, 1.10f, 0.00f},
-    {{2, 128, 2, 1, 1, 8}, 1.5847f, 0.00f, 3.98f, 0.00f},
-    {{2, 128, 1, 2, 1, 8}, 0.8300f, 0.00f, 1.96f, 0.00f},
-    {{1, 128, 3, 1, 1, 8}, 1.2354f, 0.00f, 2.34f, 0.00f},
-    {{1, 128, 3, 1, 2, 8}, 1.3955f, 1.15f, 1.80f, 0.00f},
+    {{2, 128, 2, 1, 1}, 1.0f, 1.0f, 1.0f, 1.0f},
+    {{2, 128, 1, 2, 1}, 1.0f, 1.0f, 1.0f, 1.0f},
+    {{1, 128, 4, 1, 1}, 1.0f, 1.0f, 1.0f, 1.0f},
+    {{1, 128, 3, 1, 1}, 1.0f, 1.0f, 1.0f, 1.0f},
+    {{1, 128, 3, 1, 2}, 1.0f, 1.0f, 1.0f, 1.0f},
+    {{1, 128, 2, 1, 2}, 1.0f, 1.0f, 1.0f, 1.0f},
+    {{1, 128, 1, 2, 1}, 1.0f, 1.0f, 1.0f, 1.0f},
 };
 constexpr int kNumTiles = sizeof(kTiles) / sizeof(kTiles[0]);
 
-constexpr bool takes(const Tile& tile, const Problem& p) {
+constexpr bool takes(const Problem& p) {
   if (p.K > MAX_K) return false;
-  if (p.group == p.K || p.group % tile.stage_k() == 0) return true;
-  return p.group >= MIN_GROUP && tile.stage_k() % p.group == 0;
+  if (p.group == p.K || p.group % STAGE_K == 0) return true;
+  return p.group >= MIN_GROUP && STAGE_K % p.group == 0;
 }
 
 // A tile, the clusters of the grid, and those of them that get a stripe, with the time that the fit predicts.
@@ -148,7 +154,7 @@ Config make_config(const Problem& p, int tile_idx, int clusters, int stripes) {
   const TileCost& cost = kTiles[tile_idx];
   const Tile& tile = cost.tile;
   const int64_t tiles = ceil_div(p.N, tile.features()) * ceil_div(p.M, tile.tokens);
-  const int64_t stages = ceil_div(p.K, tile.stage_k() * tile.cluster);
+  const int64_t stages = ceil_div(p.K, STAGE_K * tile.cluster);
   const int64_t rounds = tiles / clusters, striped = tiles % clusters;
   if (stripes > striped * stages) stripes = static_cast<int>(striped * stages);
   const bool shared = stripes != striped;  // else a stripe is a whole tile
@@ -185,7 +191,7 @@ Config choose_config_sm90(const Problem& p, const Device& device, const Hints& h
   for (int i = 0; i < kNumTiles; ++i) {
     const Tile& tile = kTiles[i].tile;
     const int clusters = sms / tile.cluster;
-    if (clusters == 0 || tile.smem_bytes() > device.smem_bytes || !takes(tile, p)) continue;
+    if (clusters == 0 || tile.smem_bytes() > device.smem_bytes || !takes(p)) continue;
     if ((hints.tile_n > 0 && hints.tile_n != tile.features()) || (hints.tile_idx >= 0 && hints.tile_idx != i)) continue;
     if (hints.tile_idx < 0 && tile.tokens < 64 && p.M > 2 * tile.tokens) continue;  // nobody has measured that
     const int64_t tiles = ceil_div(p.N, tile.features()) * ceil_div(p.M, tile.tokens);
@@ -270,7 +276,7 @@ struct Args {
   int stripes;                                               // clusters that have one
   int stripe;                                                // stages of it ...
   int longer;                                                // ... and one more for this many first ones
-  int group_shift;                                           // rows of scales: stage_k >> shift in a stage, or ...
+  int group_shift;                                           // rows of scales: STAGE_K >> shift in a stage, or ...
   int group_stages;                                          // ... one in this many stages; 0 for channelwise
   uint64_t per_k_stages, per_token_tiles, per_group_stages;  // see `quotient`
   Problem p;
@@ -347,14 +353,14 @@ __device__ inline Corner corner_of(const Args& args, int tile, int features, int
 }
 
 // kShortGroups: takes groups of which a stage has several, too.
-template <int kBlocks, int kTokens, int kGroups, int kTeams, int kCluster, int kSteps, bool kShortGroups>
+template <int kBlocks, int kTokens, int kGroups, int kTeams, int kCluster, bool kShortGroups>
 __global__ void __cluster_dims__(kCluster) __launch_bounds__(128 * (kGroups * kTeams + 1), 1)
     marlin_kernel(const __grid_constant__ Args args) {
-  constexpr Tile kTile{kBlocks, kTokens, kGroups, kTeams, kCluster, kSteps};
-  constexpr int kFeatures = kTile.features(), kStageK = kTile.stage_k(), kConsumers = kTile.consumers();
+  constexpr Tile kTile{kBlocks, kTokens, kGroups, kTeams, kCluster};
+  constexpr int kFeatures = kTile.features(), kConsumers = kTile.consumers();
   constexpr int kABytes = kTile.a_bytes(), kBBytes = kTile.b_bytes(), kABox = kTokens * 128;
   constexpr int kWarpgroups = kGroups * kTeams, kStages = kTile.stages();
-  static_assert(kSteps % 4 == 0 && kTokens % 8 == 0 && kStages > kTeams && kStages % kTeams == 0);
+  static_assert(kTokens % 8 == 0 && kStages > kTeams && kStages % kTeams == 0);
 
   extern __shared__ unsigned char smem[];
   __shared__ __align__(8) uint64_t full_barriers[kStages], empty_barriers[kStages];
@@ -441,18 +447,18 @@ __global__ void __cluster_dims__(kCluster) __launch_bounds__(128 * (kGroups * kT
         barrier_wait(empty + 8 * stage, parity);
         const uint32_t a_smem = ring + stage * (kABytes + kBBytes), done = full + 8 * stage;
         if (warp == 0) {
-          const int scale_bytes = args.group_stages == 0 ? 0 : kFeatures * 2 * (kStageK >> args.group_shift);
+          const int scale_bytes = args.group_stages == 0 ? 0 : kFeatures * 2 * (STAGE_K >> args.group_shift);
           barrier_expect(done, kBBytes + scale_bytes);
-          copy_box(a_smem + kABytes, args.b_map, corner.n0, k * kSteps, done);
+          copy_box(a_smem + kABytes, args.b_map, corner.n0, k * STEPS, done);
           if (scale_bytes > 0) {
-            const int row = quotient<32>(k * (kStageK >> args.group_shift), args.per_group_stages);
+            const int row = quotient<32>(k * (STAGE_K >> args.group_shift), args.per_group_stages);
             copy_box(scales + stage * kTile.s_bytes(), args.s_map, corner.n0, row, done);
           }
         } else {
           barrier_expect(done, kABytes);
 #pragma unroll
-          for (int i = 0; i < kSteps / 4; ++i)
-            copy_box(a_smem + i * kABox, args.a_map, k * kStageK + 64 * i, corner.m0, done);
+          for (int i = 0; i < STEPS / 4; ++i)
+            copy_box(a_smem + i * kABox, args.a_map, k * STAGE_K + 64 * i, corner.m0, done);
         }
         if (++stage == kStages) stage = 0, parity ^= 1;
       }
@@ -530,7 +536,7 @@ __global__ void __cluster_dims__(kCluster) __launch_bounds__(128 * (kGroups * kT
   // Whether the rows up to this step's are the end of a group, or of the stage.
   const bool of_32 = args.group_shift <= 5, of_64 = args.group_shift <= 6;
   auto ends_group = [&](int step) {
-    return (step + 1) % kSteps == 0 || (kShortGroups && ((step % 4 == 3 && of_64) || (step % 2 == 1 && of_32)));
+    return (step + 1) % STEPS == 0 || (kShortGroups && ((step % 4 == 3 && of_64) || (step % 2 == 1 && of_32)));
   };
 
   // ---- one stage ---------------------------------------------------------------------------------------------------------
@@ -546,7 +552,7 @@ __global__ void __cluster_dims__(kCluster) __launch_bounds__(128 * (kGroups * kT
     };
     set_small();
 #pragma unroll
-    for (int step = 0; step < kSteps; ++step) {
+    for (int step = 0; step < STEPS; ++step) {
 #pragma unroll
       for (int i = 0; i < kBlocks; ++i) {
         if constexpr (kSmall) {
@@ -569,17 +575,17 @@ __global__ void __cluster_dims__(kCluster) __launch_bounds__(128 * (kGroups * kT
         }
       }
       wgmma_commit();
-      if (kScalesSums && step + 1 == kSteps) load_scales(stage, 0);
+      if (kScalesSums && step + 1 == STEPS) load_scales(stage, 0);
       // Asked a step ahead, so that the answer is there. What is read behind the last stage is not used.
-      if (step + 3 == kSteps) there |= barrier_test(my_full + 8 * next_stage, next_parity);
-      if (step + 2 < kSteps) {
+      if (step + 3 == STEPS) there |= barrier_test(my_full + 8 * next_stage, next_parity);
+      if (step + 2 < STEPS) {
         load_words(stage, step + 2);
       } else {
-        if (step + 2 == kSteps) barrier_wait(my_full + 8 * next_stage, next_parity, there);
-        load_words(next_stage, step + 2 - kSteps);
+        if (step + 2 == STEPS) barrier_wait(my_full + 8 * next_stage, next_parity, there);
+        load_words(next_stage, step + 2 - STEPS);
       }
       if (!kScalesSums && ends_group(step)) {
-        if (step + 1 < kSteps) {
+        if (step + 1 < STEPS) {
           load_scales(stage, (step + 1) / 2);
           set_small();
         } else {
@@ -757,9 +763,18 @@ __global__ void __cluster_dims__(kCluster) __launch_bounds__(128 * (kGroups * kT
   // ---- main loop -----------------------------------------------------------------------------------------------------------
   named_barrier(0, kStarters);  // the producer has set up the barriers
   // Optimistic: a scale that is not small makes all of its feature's sums Inf or NaN, and then all is multiplied again.
+  auto pass_verdict = [&](bool again) {
+    if (threadIdx.x == 0) {
+      again_smem = again;
+      barrier_arrive(smem_address(&verdict_barrier));
+    }
+  };
   Walk ahead = walk;
-  bool tries = kTile.wants_small() && ahead.next(args, cluster, clusters, segment) && !ahead.more(args, cluster);
-  uint32_t large = tries && !hinted_smem ? 0 : 1;
+  uint32_t large = 1;
+  if (kTile.wants_small() && ahead.next(args, cluster, clusters, segment) && !ahead.more(args, cluster)) {
+    large = hinted_smem;
+    if (large != 0) pass_verdict(false);
+  }
   wait_for_previous_kernel();  // which may use the locks, the partials, or C
   int ticket = -1;
   while (walk.next(args, cluster, clusters, segment)) {
@@ -804,26 +819,20 @@ __global__ void __cluster_dims__(kCluster) __launch_bounds__(128 * (kGroups * kT
     if constexpr (kScalesSums) add_scaled();
     draw_ticket();
     wgmma_wait<0>();
+    hide(acc);  // not read before the wait
     barrier_arrive_unless_0(to_release);
     to_release = 0;
     behind -= count;
-    if (tries) {
-      tries = false;
-      bool again = false;
-      if (large == 0) {
-        bool odd = false;  // Inf and NaN have all bits of the exponent set
+    if (large == 0) {
+      large = 1;
+      bool odd = false;  // Inf and NaN have all bits of the exponent set
 #pragma unroll
-        for (int i = 0; i < kBlocks; ++i)
-          odd |= (~__float_as_uint(acc[i][0]) & 0x7f800000) == 0 || (~__float_as_uint(acc[i][2]) & 0x7f800000) == 0;
-        again = named_barrier_any(1, kConsumers, odd);
-      }
-      if (threadIdx.x == 0) {
-        again_smem = again;
-        if (again) hint_entry(p.s) = hint_of(p.s);
-        barrier_arrive(smem_address(&verdict_barrier));
-      }
+      for (int i = 0; i < kBlocks; ++i)
+        odd |= (~__float_as_uint(acc[i][0]) & 0x7f800000) == 0 || (~__float_as_uint(acc[i][2]) & 0x7f800000) == 0;
+      const bool again = named_barrier_any(1, kConsumers, odd);
+      if (again && threadIdx.x == 0) hint_entry(p.s) = hint_of(p.s);
+      pass_verdict(again);
       if (again) {
-        large = 1;
         walk = Walk(args, cluster);
         continue;
       }
@@ -917,8 +926,7 @@ __global__ void __cluster_dims__(kCluster) __launch_bounds__(128 * (kGroups * kT
 template <int kIdx, bool kShortGroups>
 Status launch(const Args& args, int grid, bool overlap, cudaStream_t stream) {
   constexpr Tile kTile = kTiles[kIdx].tile;
-  const auto kernel =
-      marlin_kernel<kTile.blocks, kTile.tokens, kTile.groups, kTile.teams, kTile.cluster, kTile.steps, kShortGroups>;
+  const auto kernel = marlin_kernel<kTile.blocks, kTile.tokens, kTile.groups, kTile.teams, kTile.cluster, kShortGroups>;
   constexpr int kSmem = kTile.smem_bytes();
   if (cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kSmem) != cudaSuccess)
     return Status::launch_failed;
@@ -941,7 +949,7 @@ template <int kIdx>
 Status launch(const Args& args, int grid, bool overlap, cudaStream_t stream) {
   constexpr Tile kTile = kTiles[kIdx].tile;
   if constexpr (kTile.parts_short_groups()) {
-    if (kTile.stage_k() >> args.group_shift <= 1) return launch<kIdx, false>(args, grid, overlap, stream);
+    if (STAGE_K >> args.group_shift <= 1) return launch<kIdx, false>(args, grid, overlap, stream);
   }
   return launch<kIdx, true>(args, grid, overlap, stream);
 }
@@ -962,10 +970,9 @@ Status run_sm90(const Problem& p, const Config& config, bool overlap, int32_t* l
   if (config.tile_idx < 0 || config.tile_idx >= kNumTiles || config.grid < 1) return Status::no_config;
 
   const Tile& tile = kTiles[config.tile_idx].tile;
-  const int64_t stages = ceil_div(p.K, tile.stage_k() * tile.cluster), slices = ceil_div(p.N, tile.features());
+  const int64_t stages = ceil_div(p.K, STAGE_K * tile.cluster), slices = ceil_div(p.N, tile.features());
   const int64_t token_tiles = ceil_div(p.M, tile.tokens), tiles = slices * token_tiles;
-  if (!takes(tile, p) || tiles * stages > INT_MAX / 2 || p.M > INT_MAX / 2 || p.N > INT_MAX / 2)
-    return Status::bad_shape;
+  if (!takes(p) || tiles * stages > INT_MAX / 2 || p.M > INT_MAX / 2 || p.N > INT_MAX / 2) return Status::bad_shape;
   const bool grouped = p.group != p.K;
   Args args{};
   args.p = p;
@@ -985,10 +992,10 @@ Status run_sm90(const Problem& p, const Config& config, bool overlap, int32_t* l
   int rows = 1;  // of scales in a stage
   args.group_shift = 30;
   if (grouped) {
-    rows = static_cast<int>(p.group < tile.stage_k() ? tile.stage_k() / p.group : 1);
+    rows = static_cast<int>(p.group < STAGE_K ? STAGE_K / p.group : 1);
     args.group_shift = 0;
-    while (tile.stage_k() >> args.group_shift > rows) ++args.group_shift;
-    args.group_stages = static_cast<int>(p.group < tile.stage_k() ? 1 : p.group / tile.stage_k());
+    while (STAGE_K >> args.group_shift > rows) ++args.group_shift;
+    args.group_stages = static_cast<int>(p.group < STAGE_K ? 1 : p.group / STAGE_K);
     args.per_group_stages = ceil_div(int64_t{1} << 32, args.group_stages);
   }
   args.wide_c = p.N_C % 8 == 0 && is_aligned(p.C, 16);
@@ -997,8 +1004,8 @@ Status run_sm90(const Problem& p, const Config& config, bool overlap, int32_t* l
 
   const bool encoded = encode_map(&args.a_map, CU_TENSOR_MAP_DATA_TYPE_FLOAT16, p.A, p.M, p.K_A, pitch_of_a(p),
                                   tile.tokens, 64, CU_TENSOR_MAP_SWIZZLE_128B) &&
-                       encode_map(&args.b_map, CU_TENSOR_MAP_DATA_TYPE_INT64, p.B, p.K / TILE_K, p.N, 8 * p.N,
-                                  tile.steps, tile.features(), CU_TENSOR_MAP_SWIZZLE_NONE) &&
+                       encode_map(&args.b_map, CU_TENSOR_MAP_DATA_TYPE_INT64, p.B, p.K / TILE_K, p.N, 8 * p.N, STEPS,
+                                  tile.features(), CU_TENSOR_MAP_SWIZZLE_NONE) &&
                        encode_map(&args.s_map, CU_TENSOR_MAP_DATA_TYPE_FLOAT16, p.s, p.K / p.group, p.N, 2 * p.N, rows,
                                   tile.features(), CU_TENSOR_MAP_SWIZZLE_NONE);
   if (!encoded) return Status::launch_failed;
