@@ -18,6 +18,7 @@ import re
 import subprocess
 import sys
 from collections import defaultdict
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,7 +32,7 @@ START_US = 2.2
 Constants = tuple[float, ...]  # of a tile, in the order of predict's arguments
 Size = tuple[int, int, int]  # K, N, M
 BYTES_PER_US = 4.3e6
-NUDGES = 9000  # a minute, for each of two starts
+NUDGES = 100000  # a minute, for each of two starts
 
 
 @dataclass(frozen=True)
@@ -183,7 +184,12 @@ def fit(times: list[Any], best: dict[Size, float]) -> Constants:
         least_squares(residuals, np.log([scale * first, *others]), loss="soft_l1", f_scale=0.05)
         for scale in (1 / 3, 1, 3)
     ]
-    return tuple(float(x) for x in np.exp(min(fits, key=lambda each: each.cost).x))
+    return rounded(np.exp(min(fits, key=lambda each: each.cost).x).tolist())
+
+
+def rounded(constants: Iterable[float]) -> Constants:
+    """As they are printed."""
+    return tuple(round(value, 2 if i > 0 else 4) for i, value in enumerate(constants))
 
 
 def nudge(times: list[Any], constants: dict[str, Constants]) -> None:
@@ -191,21 +197,43 @@ def nudge(times: list[Any], constants: dict[str, Constants]) -> None:
 
     A row that loses 10% counts as much as four that lose 4%.
     """
+    rows: dict[Size, list[list[Any]]] = defaultdict(list)  # of [predicted, time]
+    entries: dict[str, list[list[Any]]] = defaultdict(list)
+    for time in times:
+        entry = [time.predict(*constants[time.tile]), time]
+        rows[time.K, time.N, time.M].append(entry)
+        entries[time.tile].append(entry)
+    least = {size: min(entry[1].us for entry in row) for size, row in rows.items()}
+    sizes = {
+        tile: {(entry[1].K, entry[1].N, entry[1].M) for entry in some}
+        for tile, some in entries.items()
+    }
 
-    def loss() -> float:
-        return sum(x + 10 * x * x for x in map(math.log, losses(times, constants)))
+    def loss(size: Size) -> float:
+        x = math.log(min(rows[size], key=lambda entry: entry[0])[1].us / least[size])
+        return x + 10 * x * x
 
+    lost = {size: loss(size) for size in rows}
     generator = np.random.default_rng(0)
-    tiles, least = list(constants), loss()
+    tiles = list(entries)
     for _ in range(NUDGES):
         tile = tiles[generator.integers(len(tiles))]
-        index, factor = generator.integers(len(constants[tile])), generator.lognormal(0, 0.1)
-        old = constants[tile]
-        constants[tile] = tuple(v * factor if i == index else v for i, v in enumerate(old))
-        if (now := loss()) < least:
-            least = now
+        index, spread = generator.integers(len(constants[tile])), generator.choice([0.02, 0.1, 0.5])
+        factor, shift = generator.lognormal(0, spread), abs(generator.normal(0, spread)) / 4
+        nudged = rounded(
+            v * factor + (shift if i > 0 else 0) if i == index else v
+            for i, v in enumerate(constants[tile])
+        )
+        before = [entry[0] for entry in entries[tile]]
+        for entry in entries[tile]:
+            entry[0] = entry[1].predict(*nudged)
+        now = {size: loss(size) for size in sizes[tile]}
+        if sum(now.values()) < sum(lost[size] for size in now):
+            constants[tile] = nudged
+            lost.update(now)
         else:
-            constants[tile] = old
+            for entry, predicted in zip(entries[tile], before, strict=True):
+                entry[0] = predicted
 
 
 def table(kernel: str) -> dict[str, Constants]:
