@@ -77,7 +77,7 @@ __global__ void compare(Problem p, double* sums) {
 
 constexpr bool kOverlap = true;  // as shipped
 
-int tile_tokens(const Tile& tile) { return tile.tokens; }
+bool fits(const Tile& tile, int M) { return is_measured(tile, M); }
 
 // Stripes of the clusters: ending where tiles do, and one for every cluster.
 std::vector<Config> ways(const Problem& p, int tile_idx, int num_sms) {
@@ -104,12 +104,11 @@ void print_tile(const Tile& tile, const Config& config) {
 
 constexpr bool kOverlap = true;  // as shipped
 
-int tile_tokens(const Tile& tile) { return tile.tokens; }
+bool fits(const Tile& tile, int M) { return M <= tile.tokens; }
 
 // Numbers of CTAs: the most of which each has whole tiles, or each tile an equal part, and all.
 std::vector<Config> ways(const Problem& p, int tile_idx, int num_sms) {
   const Tile& tile = kTiles[tile_idx].tile;
-  if (p.M > tile.tokens) return {};
   const int all = num_sms * tile.per_sm, even = even_stripes(ceil_div(p.N, TILE_N), all);
   std::vector<Config> configs = {make_config(p, tile_idx, even)};
   if (even < all) configs.push_back(make_config(p, tile_idx, all));
@@ -130,7 +129,10 @@ void print_tile(const Tile& tile, const Config& config) {
 
 constexpr bool kOverlap = false;  // as its constants were fitted
 
-int tile_tokens(const Tile& tile) { return tile.tokens(); }
+bool fits(const Tile& tile, int M) {
+  const int tokens = tile.tokens();
+  return M > 128 ? tokens >= 64 : 2 * tokens >= M && (tokens < 2 * M || tokens <= 16);
+}
 
 // Numbers of CTAs: one that divides the tiles or the other way round, and all.
 std::vector<Config> ways(const Problem& p, int tile_idx, int num_sms) {
@@ -205,11 +207,7 @@ int run() {
       std::vector<Timed> timed;
       for (int i = 0; i < kNumTiles; ++i) {
         const Tile& tile = kTiles[i].tile;
-        const int tokens = tile_tokens(tile);
-        const bool fits = M > 512   ? tokens >= 128
-                          : M > 128 ? tokens >= 64
-                                    : 2 * tokens >= M && (tokens < 2 * M || tokens <= 16);
-        if (!fits || tile.smem_bytes() > smem_bytes) continue;
+        if (!fits(tile, M) || tile.smem_bytes() > smem_bytes) continue;
         Problem p{A, words, scales, nullptr, C, M, N, K, K, N, K, kGroup, DType::f16};
         Config before;
         for (const Config& config : ways(p, i, num_sms)) {

@@ -148,6 +148,12 @@ constexpr bool takes(const Problem& p) {
   return p.group >= MIN_GROUP && STAGE_K % p.group == 0;
 }
 
+// The products that a tile's constants were fitted to (bench/tiles.cu).
+constexpr bool is_measured(const Tile& tile, int64_t M) {
+  if (M > 128) return tile.tokens >= (M > 512 ? 128 : 64);
+  return 2 * tile.tokens >= M && (tile.tokens < 2 * M || tile.tokens == 16);
+}
+
 // A tile, the clusters of the grid, and those of them that get a stripe, with the time that the fit predicts.
 Config make_config(const Problem& p, int tile_idx, int clusters, int stripes) {
   constexpr float kBytesPerUs = 4.3e6f;  // of the same fit
@@ -193,8 +199,7 @@ Config choose_config_sm90(const Problem& p, const Device& device, const Hints& h
     const int clusters = sms / tile.cluster;
     if (clusters == 0 || tile.smem_bytes() > device.smem_bytes || !takes(p)) continue;
     if ((hints.tile_n > 0 && hints.tile_n != tile.features()) || (hints.tile_idx >= 0 && hints.tile_idx != i)) continue;
-    // nobody has measured that
-    if (hints.tile_idx < 0 && p.M > (tile.tokens < 64 ? 2 * tile.tokens : tile.tokens < 128 ? 512 : p.M)) continue;
+    if (hints.tile_idx < 0 && hints.tile_n <= 0 && !is_measured(tile, p.M)) continue;
     const int64_t tiles = ceil_div(p.N, tile.features()) * ceil_div(p.M, tile.tokens);
     const int striped = static_cast<int>(tiles % clusters);
     const int even = striped == 0 ? 0 : clusters / striped * striped;  // stripes that end where tiles do
