@@ -61,13 +61,13 @@ struct TileCost {
 
 constexpr TileCost kTiles[] = {
     // 1 token
-    {{1, 16, 3, 1}, 0.0268f, 0.76f, 0.24f, 0.90f},
-    {{1, 8, 3, 2}, 0.0044f, 0.45f, 0.26f, 2.11f},
+    {{1, 16, 3, 1}, 0.0603f, 0.45f, 0.34f, 0.92f},
+    {{1, 8, 3, 2}, 0.0044f, 0.45f, 0.36f, 2.97f},
     // 8
-    {{8, 16, 3, 1}, 0.0573f, 0.67f, 0.15f, 0.86f},
-    {{8, 8, 3, 2}, 0.0043f, 0.45f, 0.23f, 2.40f},
+    {{8, 16, 3, 1}, 0.0583f, 1.03f, 0.17f, 0.91f},
+    {{8, 8, 3, 2}, 0.0043f, 0.45f, 3.47f, 1.15f},
     // 16
-    {{16, 12, 3, 1}, 0.0746f, 2.07f, 0.38f, 0.52f},
+    {{16, 12, 3, 1}, 0.0728f, 1.71f, 0.63f, 0.25f},
 };
 constexpr int kNumTiles = sizeof(kTiles) / sizeof(kTiles[0]);
 
@@ -83,7 +83,8 @@ constexpr uint32_t magic_of(int64_t divisor) { return static_cast<uint32_t>(ceil
 
 // A tile, and the CTAs that get a stripe, with the time that the fit predicts.
 Config make_config(const Problem& p, int tile_idx, int stripes) {
-  constexpr float kBytesPerUs = 4.3e6f;  // of the same fit
+  constexpr int kSms = 132;
+  constexpr float kBytesPerUs = 4.3e6f / kSms;  // of one of them; of the same fit
   const TileCost& cost = kTiles[tile_idx];
   const Tile& tile = cost.tile;
   const int64_t stages = ceil_div(p.K, STAGE_K), tiles = ceil_div(p.N, TILE_N), total = stages * tiles;
@@ -104,7 +105,7 @@ Config make_config(const Problem& p, int tile_idx, int stripes) {
 
   const float rounds = static_cast<float>(ceil_div(stripe, tile.warps) * tile.warps);
   const float compute_us = rounds * cost.stage_us + static_cast<float>(ends) * cost.tile_us;
-  const float memory_us = static_cast<float>(p.K * p.N / 2) / kBytesPerUs;
+  const float memory_us = static_cast<float>(ceil_div(stripes, kSms) * stripe * B_BYTES) / kBytesPerUs;
   config.us =
       cost.start_us + (compute_us > memory_us ? compute_us : memory_us) + static_cast<float>(sharers) * cost.sharer_us;
   return config;
