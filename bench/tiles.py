@@ -199,8 +199,8 @@ def rounded(constants: Iterable[float]) -> Constants:
 def nudge(times: list[Any], constants: dict[str, Constants]) -> None:
     """Moves single constants, at random, where that makes the choice better.
 
-    A row that loses 10% counts as much as four that lose 4%. Predictions that are wrong cost a little,
-    too: shapes that nobody has measured live on them.
+    A row that loses 10% counts as much as four that lose 4%. Predictions that are wrong cost a
+    little, too: shapes that nobody has measured live on them.
     """
     rows: dict[Size, list[list[Any]]] = defaultdict(list)  # of [predicted, time]
     entries: dict[str, list[list[Any]]] = defaultdict(list)
