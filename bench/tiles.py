@@ -1,6 +1,6 @@
 """Fits the constants of the kernel files' tables of tiles to measured times.
 
-    python bench/tiles.py --save bench/results/tiles/nvidia-h200.csv   # measures, about 15 s
+    python bench/tiles.py --save bench/results/tiles/nvidia-h200.csv   # measures; of Hopper two minutes
     python bench/tiles.py --times bench/results/tiles/nvidia-h200.csv  # fits what was measured
     python bench/tiles.py --backend sm90 ...   # of both Hopper kernels, which are chosen between
 
@@ -130,7 +130,7 @@ class TimeSm90Few(Time):
         else:
             sharers, ends = -(-stripes // self.tiles) + 1, -(-stripe // stages) + 1
         compute_us = -(-stripe // self.warps) * self.warps * stage_us + ends * tile_us
-        # of the multiprocessor that reads most: each has its share of the memory's rate
+        # of the multiprocessor that reads most, 32 bytes a row of K: each has its share of the rate
         memory_us = -(-stripes // SMS) * stripe * STAGE_K * 32 / (BYTES_PER_US / SMS)
         return start_us + max(compute_us, memory_us) + sharers * sharer_us
 
