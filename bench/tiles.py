@@ -1,6 +1,6 @@
 """Fits the constants of the kernel files' tables of tiles to measured times.
 
-    python bench/tiles.py --save bench/results/tiles/nvidia-h200.csv   # measures; of Hopper two minutes
+    python bench/tiles.py --save bench/results/tiles/nvidia-h200.csv   # measures: minutes
     python bench/tiles.py --times bench/results/tiles/nvidia-h200.csv  # fits what was measured
     python bench/tiles.py --backend sm90 ...   # of both Hopper kernels, which are chosen between
 
