@@ -708,20 +708,29 @@ __global__ void __cluster_dims__(kCluster) __launch_bounds__(128 * (kGroups * kT
   };
 
   // ---- write -------------------------------------------------------------------------------------------------------------
+  // Channelwise scales and the bias, of features g + 8 i; ahead of the sums over teams and clusters where registers are left.
+  constexpr bool kLoadsEarly = kBlocks == 1 && kTokens <= 96;
+  const bool for_c = !grouped || p.bias != nullptr;
+  half scales_c[2 * kBlocks], bias_c[2 * kBlocks];
+  auto load_for_c = [&](const Corner& corner) {
+#pragma unroll
+    for (int i = 0; i < 2 * kBlocks; ++i) {
+      const int n = min(corner.n0 + feature + 8 * i + g, static_cast<int>(p.N_C) - 1);
+      scales_c[i] = grouped ? __float2half(1.f) : static_cast<const half*>(p.s)[scale_of_channelwise(n)];
+      bias_c[i] = p.bias == nullptr ? __float2half(0.f) : static_cast<const half*>(p.bias)[n];
+    }
+  };
   auto write = [&](const Corner& corner) {
     const uint32_t patch = scratch + warp_index * kTile.patch_bytes();
     constexpr int kPitch = kTile.patch_pitch(), kRow = 2 * kBlocks;  // 16-byte pieces of a row: 8 features each
     constexpr int kChunk = kTile.patch_tokens() / 8;                 // token blocks at a time
     const int n0 = corner.n0 + feature;
-    if (!grouped || p.bias != nullptr) {
+    if (!kLoadsEarly && for_c) load_for_c(corner);
+    if (for_c) {
 #pragma unroll
       for (int i = 0; i < 2 * kBlocks; ++i) {
-        const int n = n0 + 8 * i + g;
-        if (n >= p.N_C) continue;
-        const float scale =
-            grouped ? 1.f
-                    : (kScalesSums ? 1 : 64) * __half2float(static_cast<const half*>(p.s)[scale_of_channelwise(n)]);
-        const float bias = p.bias == nullptr ? 0.f : __half2float(static_cast<const half*>(p.bias)[n]);
+        const float scale = (grouped || kScalesSums ? 1 : 64) * __half2float(scales_c[i]),
+                    bias = __half2float(bias_c[i]);
 #pragma unroll
         for (int e = 0; e < 2 * kMine; ++e) {
           float& v = acc[i / 2][e / 2 * 4 + i % 2 * 2 + e % 2];
@@ -845,6 +854,7 @@ __global__ void __cluster_dims__(kCluster) __launch_bounds__(128 * (kGroups * kT
     }
 
     const Corner corner = corner_of(args, segment.tile, kFeatures, kTokens);
+    if (kLoadsEarly && for_c) load_for_c(corner);
     reduce_in_cta();
     reduce_in_cluster();
     if (shared) {

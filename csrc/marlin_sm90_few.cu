@@ -424,6 +424,15 @@ __global__ void __launch_bounds__(32 * kWarps, kPerSm) marlin_kernel(const __gri
     for (int v = (threadIdx.x + end * kPartPairs) % kThreads; v < args.tokens * kPairs; v += kThreads) {
       const int m = v / kPairs, n = tile * TILE_N + v % kPairs * 2;
       const float* const patch_rd = patches_rd + m * PATCH_PITCH + v % kPairs * 2;
+      // asked for ahead of the sums
+      const bool both = n + 1 < args.n_c;
+      const int64_t n0 = min(int64_t{n}, args.n_c - 1), n1 = both ? n + 1 : n0;
+      half2 scale = __float2half2_rn(1.f), bias = __float2half2_rn(0.f);
+      if (!grouped) {
+        const half* const s = static_cast<const half*>(args.s);
+        scale = __halves2half2(s[scale_of_channelwise(n0)], s[scale_of_channelwise(n1)]);
+      }
+      if (args.bias != nullptr) bias = __halves2half2(args.bias[n0], args.bias[n1]);
       float2 sum = make_float2(0, 0);
 #pragma unroll
       for (int w = 0; w < kWarps; ++w) {
@@ -444,15 +453,8 @@ __global__ void __launch_bounds__(32 * kWarps, kPerSm) marlin_kernel(const __gri
         }
       }
       if (n >= args.n_c) continue;
-      const bool both = n + 1 < args.n_c;
-      if (!grouped) {
-        sum.x *= __half2float(static_cast<const half*>(args.s)[scale_of_channelwise(n)]);
-        sum.y *= __half2float(static_cast<const half*>(args.s)[scale_of_channelwise(n + 1)]);
-      }
-      if (args.bias != nullptr) {
-        sum.x += __half2float(args.bias[n]);
-        if (both) sum.y += __half2float(args.bias[n + 1]);
-      }
+      sum.x = sum.x * __low2float(scale) + __low2float(bias);
+      sum.y = sum.y * __high2float(scale) + __high2float(bias);
       const half2 c = __floats2half2_rn(sum.x, sum.y);
       half* const c_gmem = args.C + m * args.n_c + n;
       if (args.wide_c) {
