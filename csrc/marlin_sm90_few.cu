@@ -427,12 +427,12 @@ __global__ void __launch_bounds__(32 * kWarps, kPerSm) marlin_kernel(const __gri
       // asked for ahead of the sums
       const bool both = n + 1 < args.n_c;
       const int64_t n0 = min(int64_t{n}, args.n_c - 1), n1 = both ? n + 1 : n0;
-      half2 scale = __float2half2_rn(1.f), bias = __float2half2_rn(0.f);
+      half scale[2], bias[2];  // each in a register of its own: nothing waits for them before they are used
       if (!grouped) {
         const half* const s = static_cast<const half*>(args.s);
-        scale = __halves2half2(s[scale_of_channelwise(n0)], s[scale_of_channelwise(n1)]);
+        scale[0] = s[scale_of_channelwise(n0)], scale[1] = s[scale_of_channelwise(n1)];
       }
-      if (args.bias != nullptr) bias = __halves2half2(args.bias[n0], args.bias[n1]);
+      if (args.bias != nullptr) bias[0] = args.bias[n0], bias[1] = args.bias[n1];
       float2 sum = make_float2(0, 0);
 #pragma unroll
       for (int w = 0; w < kWarps; ++w) {
@@ -453,8 +453,8 @@ __global__ void __launch_bounds__(32 * kWarps, kPerSm) marlin_kernel(const __gri
         }
       }
       if (n >= args.n_c) continue;
-      sum.x = sum.x * __low2float(scale) + __low2float(bias);
-      sum.y = sum.y * __high2float(scale) + __high2float(bias);
+      if (!grouped) sum.x *= __half2float(scale[0]), sum.y *= __half2float(scale[1]);
+      if (args.bias != nullptr) sum.x += __half2float(bias[0]), sum.y += __half2float(bias[1]);
       const half2 c = __floats2half2_rn(sum.x, sum.y);
       half* const c_gmem = args.C + m * args.n_c + n;
       if (args.wide_c) {
