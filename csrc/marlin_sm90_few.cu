@@ -424,15 +424,17 @@ __global__ void __launch_bounds__(32 * kWarps, kPerSm) marlin_kernel(const __gri
     for (int v = (threadIdx.x + end * kPartPairs) % kThreads; v < args.tokens * kPairs; v += kThreads) {
       const int m = v / kPairs, n = tile * TILE_N + v % kPairs * 2;
       const float* const patch_rd = patches_rd + m * PATCH_PITCH + v % kPairs * 2;
-      // asked for ahead of the sums
       const bool both = n + 1 < args.n_c;
-      const int64_t n0 = min(int64_t{n}, args.n_c - 1), n1 = both ? n + 1 : n0;
       half scale[2], bias[2];  // each in a register of its own: nothing waits for them before they are used
-      if (!grouped) {
-        const half* const s = static_cast<const half*>(args.s);
-        scale[0] = s[scale_of_channelwise(n0)], scale[1] = s[scale_of_channelwise(n1)];
-      }
-      if (args.bias != nullptr) bias[0] = args.bias[n0], bias[1] = args.bias[n1];
+      auto load_for_c = [&] {
+        if (!grouped) {
+          const half* const s = static_cast<const half*>(args.s);
+          scale[0] = s[scale_of_channelwise(n)], scale[1] = s[scale_of_channelwise(n + 1)];
+        }
+        if (args.bias != nullptr && n < args.n_c) bias[0] = args.bias[n];
+        if (args.bias != nullptr && both) bias[1] = args.bias[n + 1];
+      };
+      if (kTokens == 1) load_for_c();  // ahead of the sums; with more tokens that gains nothing
       float2 sum = make_float2(0, 0);
 #pragma unroll
       for (int w = 0; w < kWarps; ++w) {
@@ -453,6 +455,7 @@ __global__ void __launch_bounds__(32 * kWarps, kPerSm) marlin_kernel(const __gri
         }
       }
       if (n >= args.n_c) continue;
+      if (kTokens > 1) load_for_c();
       if (!grouped) sum.x *= __half2float(scale[0]), sum.y *= __half2float(scale[1]);
       if (args.bias != nullptr) sum.x += __half2float(bias[0]), sum.y += __half2float(bias[1]);
       const half2 c = __floats2half2_rn(sum.x, sum.y);
