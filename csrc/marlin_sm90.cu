@@ -31,6 +31,7 @@ constexpr int MIN_GROUP = 32;            // rows that certainly share a scale
 constexpr int SMEM_BYTES = 232448;       // that a CTA may use on sm_90
 constexpr int MAX_K = 1 << 22;           // up to which `quotient` is exact
 constexpr int BAND = 16;                 // token tiles that are worked off together
+constexpr int PATCH_PITCH = 144;         // bytes of 64 features of C on their way, and 16 that spread tokens over all banks
 
 struct Tile {
   int blocks;  // m64 blocks of a warpgroup: 1, 2 or 4
@@ -58,28 +59,45 @@ struct Tile {
   MARLIN_HD constexpr int b_bytes() const { return features() * STAGE_K / 2; }
   MARLIN_HD constexpr int s_bytes() const { return features() * STAGE_K / MIN_GROUP * 2; }
   MARLIN_HD constexpr int stage_bytes() const { return a_bytes() + b_bytes() + s_bytes(); }
-  // Of the teams' sums, so many m64 blocks at a time that they take 24 KB at most.
+  // Warps that share a chunk (64 features) and the patch of shared memory through which it goes to C.
+  MARLIN_HD constexpr int mates() const { return 4 / blocks; }
+  // For the teams' sums, so many vectors of each thread at a time, and the patches, so many tokens at a time.
   MARLIN_HD constexpr int exchange_bytes(int at_once) const { return teams * (teams - 1) * groups * at_once * 2048; }
-  MARLIN_HD constexpr int exchange_blocks() const {
+  MARLIN_HD constexpr int patches_bytes(int tokens) const { return consumers() / 32 / mates() * tokens * PATCH_PITCH; }
+  MARLIN_HD constexpr int least_scratch_bytes() const {
     int at_once = blocks;
     while (at_once > 1 && exchange_bytes(at_once) > 24576) at_once /= 2;
-    return at_once;
-  }
-  MARLIN_HD constexpr int patch_pitch() const { return 32 * blocks + 16; }  // + 16 spreads eight tokens over all banks
-  MARLIN_HD constexpr int patch_tokens() const { return mine_blocks() == 1 || blocks == 4 ? 8 : 16; }
-  MARLIN_HD constexpr int patch_bytes() const { return patch_tokens() * patch_pitch(); }
-  MARLIN_HD constexpr int scratch_bytes() const {
-    const int patches = consumers() / 32 * patch_bytes();
-    const int exchange = exchange_bytes(exchange_blocks());
-    return exchange > patches ? exchange : patches;
+    return exchange_bytes(at_once) > patches_bytes(8) ? exchange_bytes(at_once) : patches_bytes(8);
   }
   // What is on its way from memory must outweigh what the teams are working on; more than 8 of k128 only delay the first.
   // A multiple of the teams: each place of the ring is then one team's. Two that take turns at it would be two phases of its
   // barrier apart when data come late, and a parity cannot tell the next phase from the one before the last.
   MARLIN_HD constexpr int stages() const {
-    const int fit = (SMEM_BYTES - 2048 - scratch_bytes() - inbox_bytes()) / stage_bytes();
+    const int fit = (SMEM_BYTES - 2048 - least_scratch_bytes() - inbox_bytes()) / stage_bytes();
     const int turns = (8 + teams - 1) / teams;
     return teams * (fit / teams < turns ? fit / teams : turns);
+  }
+  // What the ring leaves: the fewer rounds, the fewer barriers at a tile's end.
+  MARLIN_HD constexpr int spare_bytes() const { return SMEM_BYTES - 2048 - inbox_bytes() - stages() * stage_bytes(); }
+  MARLIN_HD constexpr int exchange_at_once() const {
+    int at_once = own_blocks() * blocks;
+    while (own_blocks() * blocks % at_once != 0 || exchange_bytes(at_once) > spare_bytes()) --at_once;
+    return at_once;
+  }
+  MARLIN_HD constexpr int patch_tokens() const {
+    int tokens = 8 * mine_blocks();
+    while (patches_bytes(tokens) > spare_bytes()) tokens -= 8;
+    return tokens;
+  }
+  MARLIN_HD constexpr int scratch_bytes() const {
+    const int exchange = exchange_bytes(exchange_at_once()), patches = patches_bytes(patch_tokens());
+    return exchange > patches ? exchange : patches;
+  }
+  // Packed words are read so many steps at once, as far as there are registers for them: read two steps ahead, the compiler
+  // uses them at once, and the latency of shared memory shows in each step.
+  MARLIN_HD constexpr int words_at_once() const {
+    if (blocks * tokens > 128 && blocks > 1) return blocks * tokens == 192 ? 2 : 1;
+    return blocks == 4 || (blocks == 2 && teams == 3) ? 3 : STEPS - 2;
   }
   // Registers of a thread: what the launch gives all alike, and what producer and consumers have where that is too little.
   MARLIN_HD constexpr int launch_registers() const { return 512 / (consumers() / 128 + 1) / 8 * 8; }
@@ -482,7 +500,17 @@ __global__ void __cluster_dims__(kCluster) __launch_bounds__(128 * (kGroups * kT
     asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(kTile.consumer_registers()));
   Walk walk(args, made(cluster));
   const int team = kTeams == 1 ? 0 : warpgroup / kGroups, group = warpgroup % kGroups, g = lane / 4;
-  const int feature = group * 64 * kBlocks + warp * 16 * kBlocks;  // the warp's first one in the tile
+  // A warp's rows of the product are not features one after the other: of a chunk's words, lanes l and l + 8 take those of
+  // different m16 blocks. Else, where a warp takes one or two words of each 16 bytes, these lanes would meet in a bank.
+  constexpr int kMates = kTile.mates();
+  constexpr int kChunkThreads = 32 * kMates;
+  auto chunk_feature = [&](uint32_t thread) {  // the first of its chunk in the tile
+    return group * 64 * kBlocks + static_cast<int>(thread % 128 / kChunkThreads) * 64;
+  };
+  auto feature_of = [&](uint32_t thread) {  // of its first m16 block, the first
+    return chunk_feature(thread) + static_cast<int>((thread / 32 ^ thread / 8) % kMates) * 16 * kBlocks;
+  };
+  const int feature = feature_of(threadIdx.x);
   const uint32_t b_rd = kABytes + feature / 64 * 512 + lane * 16 + feature % 64 / 16 * 4;
   const uint32_t s_rd = scales + feature / 64 * 128 + g * 16 + feature % 64 / 16 * 4;
   const bool grouped = args.group_stages != 0;
@@ -491,7 +519,7 @@ __global__ void __cluster_dims__(kCluster) __launch_bounds__(128 * (kGroups * kT
   constexpr bool kScalesSums = kTile.scales_sums() && !kShortGroups;
   float sums[kScalesSums ? kBlocks : 1][kTokens / 2];  // of one group, not yet scaled
   uint32_t left[2][kBlocks][4];                        // (buffers, m64 blocks, registers)
-  uint32_t words[2][kBlocks];                          // of this step and the next
+  uint32_t words[STEPS][kBlocks];                      // few of them at a time
   uint32_t s_frag[kBlocks];                            // scales of 32 rows: pairs for features g and g + 8
 
   int stage = team, parity = 0;  // this team's next one
@@ -500,7 +528,7 @@ __global__ void __cluster_dims__(kCluster) __launch_bounds__(128 * (kGroups * kT
   const uint32_t my_full = made(full), my_empty = made(empty);
 
   auto load_words = [&](int at, int step) {
-    load_smem(words[step % 2], ring + at * (kABytes + kBBytes) + step * (kFeatures * 8) + b_rd);
+    load_smem(words[step], ring + at * (kABytes + kBBytes) + step * (kFeatures * 8) + b_rd);
   };
   const auto scales_of = [&](int half_step) {  // where those of a stage's 32 rows lie
     return made(static_cast<uint32_t>((half_step * MIN_GROUP >> args.group_shift) * (kFeatures * 2)));
@@ -548,6 +576,7 @@ __global__ void __cluster_dims__(kCluster) __launch_bounds__(128 * (kGroups * kT
   // ---- one stage ---------------------------------------------------------------------------------------------------------
   auto multiply_stage = [&](auto small_scales, int next_stage, int next_parity, bool last) {
     constexpr bool kSmall = decltype(small_scales)::value;
+    constexpr int kAtOnce = kTile.words_at_once();
     // the low half of the descriptor; shfl as above
     const uint32_t tokens = __shfl_sync(0xffffffff, (1 << 16) | (ring + stage * (kABytes + kBBytes)) >> 4, 0);
     bool there = last;  // the next stage, as far as there is one
@@ -562,9 +591,9 @@ __global__ void __cluster_dims__(kCluster) __launch_bounds__(128 * (kGroups * kT
 #pragma unroll
       for (int i = 0; i < kBlocks; ++i) {
         if constexpr (kSmall) {
-          dequantise_small(left[step % 2][i], words[step % 2][i], small[i]);
+          dequantise_small(left[step % 2][i], words[step][i], small[i]);
         } else {
-          dequantise<!kScalesSums>(left[step % 2][i], words[step % 2][i], s_frag[i]);
+          dequantise<!kScalesSums>(left[step % 2][i], words[step][i], s_frag[i]);
         }
       }
       if (kScalesSums && step == 0) add_scaled();  // of the stage before
@@ -584,12 +613,12 @@ __global__ void __cluster_dims__(kCluster) __launch_bounds__(128 * (kGroups * kT
       if (kScalesSums && step + 1 == STEPS) load_scales(stage, 0);
       // Asked a step ahead, so that the answer is there. What is read behind the last stage is not used.
       if (step + 3 == STEPS) there |= barrier_test(my_full + 8 * next_stage, next_parity);
-      if (step + 2 < STEPS) {
-        load_words(stage, step + 2);
-      } else {
-        if (step + 2 == STEPS) barrier_wait(my_full + 8 * next_stage, next_parity, there);
-        load_words(next_stage, step + 2 - STEPS);
+      if (step % kAtOnce == 0) {
+#pragma unroll
+        for (int j = step + 2; j < STEPS && j < step + 2 + kAtOnce; ++j) load_words(stage, j);
       }
+      if (step + 2 == STEPS) barrier_wait(my_full + 8 * next_stage, next_parity, there);
+      if (step + 2 >= STEPS) load_words(next_stage, step + 2 - STEPS);
       if (!kScalesSums && ends_group(step)) {
         if (step + 1 < STEPS) {
           load_scales(stage, (step + 1) / 2);
@@ -603,98 +632,93 @@ __global__ void __cluster_dims__(kCluster) __launch_bounds__(128 * (kGroups * kT
     }
   };
 
-  // ---- reduce in the CTA: the teams' sums; afterwards team r has those of token blocks r kOwn ... in its first kOwn ----------
-  constexpr int kOwn = kTile.own_blocks(), kTokenBlocks = kTile.token_blocks();
-  auto reduce_in_cta = [&] {
-    if constexpr (kTeams > 1) {
-      constexpr int kAtOnce = kTile.exchange_blocks();
-      // (owners, other teams, groups, m64 blocks, threads) float4
-      auto slot = [&](int owner, int writer, int i) {
-        const int other = writer < owner ? writer : writer - 1;
-        return scratch + ((((owner * (kTeams - 1) + other) * kGroups + group) * kAtOnce + i % kAtOnce) * 128 +
-                          threadIdx.x % 128) *
-                             16;
-      };
-#pragma unroll
-      for (int round = 0; round < kOwn * kBlocks / kAtOnce; ++round) {
-        const int j = round / (kBlocks / kAtOnce), i0 = round % (kBlocks / kAtOnce) * kAtOnce;
-        named_barrier(1, kConsumers);
-#pragma unroll
-        for (int r = 0; r < kTeams; ++r) {
-          if (r * kOwn + j < kTokenBlocks && team != r) {
-#pragma unroll
-            for (int i = i0; i < i0 + kAtOnce; ++i) store_smem(slot(r, team, i), acc[i] + 4 * (r * kOwn + j));
-          }
-        }
-        named_barrier(1, kConsumers);
-#pragma unroll
-        for (int r = 0; r < kTeams; ++r) {
-          if (r * kOwn + j < kTokenBlocks && team == r) {
-#pragma unroll
-            for (int i = i0; i < i0 + kAtOnce; ++i) {
-              float sum[4];
-#pragma unroll
-              for (int e = 0; e < 4; ++e) sum[e] = acc[i][4 * (r * kOwn + j) + e];
-#pragma unroll
-              for (int other = 0; other < kTeams; ++other) {
-                if (other != r) add_smem(sum, slot(r, other, i));
-              }
-#pragma unroll
-              for (int e = 0; e < 4; ++e) acc[i][4 * j + e] = sum[e];
-            }
-          }
-        }
-      }
-    }
-  };
-
-  // ---- reduce in the cluster: afterwards a CTA has half of the token blocks, in the first kMine -------------------------------
-  constexpr int kMine = kTile.mine_blocks();
+  // ---- reduce in the CTA and in the cluster -----------------------------------------------------------------------------
+  // Team r gets the teams' sums of token blocks r kOwn ... Of these the first CTA of a cluster keeps kMine, the other one the
+  // rest, in its first ones.
+  constexpr int kOwn = kTile.own_blocks(), kTokenBlocks = kTile.token_blocks(), kMine = kTile.mine_blocks();
   const int mine_first = rank * kMine, mine_blocks = rank == 0 ? kMine : kOwn - kMine;  // of a team's
   int inbox_parity = 0;
-  bool first_mail = true;
-  auto reduce_in_cluster = [&] {
+  bool first_tile = true;
+  auto reduce = [&] {
+    const int peer = rank ^ 1, me = made(team);
+    const uint32_t thread = made(threadIdx.x);
+    const uint32_t mail = inbox + thread * 16;
+    uint32_t peer_mail = 0, peer_full = 0;
     if constexpr (kCluster > 1) {
-      const int peer = rank ^ 1;
-      const uint32_t slot = inbox + threadIdx.x * 16, peer_slot = in_cta(slot, peer),
-                     peer_full = in_cta(inbox_full, peer);
+      peer_mail = in_cta(mail, peer);
+      peer_full = in_cta(inbox_full, peer);
       if (threadIdx.x == 0) barrier_expect(inbox_full, mine_blocks * kBlocks * kConsumers * 16);
-      if (first_mail) {
+      if (first_tile) {
         asm volatile("barrier.cluster.wait.acquire;" ::: "memory");  // the other CTA has set up its barriers
       } else if (kOwn > 1 || rank == 1) {                            // there is something to send
         barrier_wait(inbox_free, inbox_parity ^ 1);
       }
-      first_mail = false;
+    }
+    // Of this team's token block j, m64 block i. What is sent first is on its way while the rest is added up.
+    auto keep_or_send = [&](int j, int i, const float* sum) {
+      if (kCluster > 1 && (j < kMine) != (rank == 0)) {
+        send(peer_mail + (j % kMine * kBlocks + i) * (kConsumers * 16), sum, peer_full);
+      } else {
 #pragma unroll
-      for (int j = 0; j < kOwn; ++j) {
-        if ((j < kMine) == (rank == 0)) continue;
-#pragma unroll
-        for (int i = 0; i < kBlocks; ++i)
-          send(peer_slot + (j % kMine * kBlocks + i) * (kConsumers * 16), acc[i] + 4 * j, peer_full);
+        for (int e = 0; e < 4; ++e) acc[i][4 * (j % kMine) + e] = sum[e];
       }
-      if (rank == 1) {
+    };
+    if constexpr (kTeams == 1) {
 #pragma unroll
-        for (int j = 0; j + kMine < kOwn; ++j) {
+      for (int v = 0; v < kOwn * kBlocks; ++v) keep_or_send(v / kBlocks, v % kBlocks, acc[v % kBlocks] + v / kBlocks * 4);
+    } else {
+      constexpr int kAtOnce = kTile.exchange_at_once();
+      // (owners, other teams, groups, vectors, threads) float4
+      auto slot = [&](int owner, int writer, int v) {
+        const int other = writer - (writer > owner);
+        return scratch + ((((owner * (kTeams - 1) + other) * kGroups + group) * kAtOnce + v % kAtOnce) * 128 +
+                          thread % 128) *
+                             16;
+      };
 #pragma unroll
-          for (int i = 0; i < kBlocks; ++i) {
+      for (int v0 = 0; v0 < kOwn * kBlocks; v0 += kAtOnce) {
+        if (v0 > 0 || !first_tile) named_barrier(1, kConsumers);  // what was there has been read
 #pragma unroll
-            for (int e = 0; e < 4; ++e) acc[i][4 * j + e] = acc[i][4 * (j + kMine) + e];
+        for (int r = 0; r < kTeams; ++r) {
+          if (me == r) continue;
+#pragma unroll
+          for (int v = v0; v < v0 + kAtOnce; ++v) {
+            const int block = r * kOwn + v / kBlocks;
+            if (block < kTokenBlocks) store_smem(slot(r, me, v), acc[v % kBlocks] + 4 * block);
+          }
+        }
+        named_barrier(1, kConsumers);
+#pragma unroll
+        for (int r = 0; r < kTeams; ++r) {
+          if (me != r) continue;
+#pragma unroll
+          for (int v = v0; v < v0 + kAtOnce; ++v) {
+            const int j = v / kBlocks, i = v % kBlocks, block = r * kOwn + j;
+            float sum[4];  // of a block that there is not, anything: the other CTA counts it, too
+#pragma unroll
+            for (int e = 0; e < 4; ++e) sum[e] = acc[i][4 * (block < kTokenBlocks ? block : j) + e];
+#pragma unroll
+            for (int other = 0; other < kTeams; ++other) {
+              if (other != r && block < kTokenBlocks) add_smem(sum, slot(r, other, v));
+            }
+            keep_or_send(j, i, sum);
           }
         }
       }
+    }
+    if constexpr (kCluster > 1) {
       barrier_wait(inbox_full, inbox_parity);
       inbox_parity ^= 1;
 #pragma unroll
       for (int j = 0; j < kMine; ++j) {
         if (j >= mine_blocks) break;
 #pragma unroll
-        for (int i = 0; i < kBlocks; ++i) {
-          add_smem(acc[i] + 4 * j, slot + (j * kBlocks + i) * (kConsumers * 16));
-        }
+        for (int i = 0; i < kBlocks; ++i) add_smem(acc[i] + 4 * j, mail + (j * kBlocks + i) * (kConsumers * 16));
       }
       __syncwarp();  // this warp has read its mail: there is room for more, if more will come
       if (lane == 0 && mine_blocks > 0 && walk.more(args, cluster)) barrier_arrive_remote(in_cta(inbox_free, peer));
     }
+    first_tile = false;
   };
 
   // ---- reduce across clusters ----------------------------------------------------------------------------------------------
@@ -713,18 +737,27 @@ __global__ void __cluster_dims__(kCluster) __launch_bounds__(128 * (kGroups * kT
   const bool for_c = !grouped || p.bias != nullptr;
   half scales_c[2 * kBlocks], bias_c[2 * kBlocks];
   auto load_for_c = [&](const Corner& corner) {
+    const uint32_t thread = made(threadIdx.x);
+    const int n0 = corner.n0 + feature_of(thread) + static_cast<int>(thread % 32 / 4);
 #pragma unroll
     for (int i = 0; i < 2 * kBlocks; ++i) {
-      const int n = min(corner.n0 + feature + 8 * i + g, static_cast<int>(p.N_C) - 1);
+      const int n = min(n0 + 8 * i, static_cast<int>(p.N_C) - 1);
       scales_c[i] = grouped ? __float2half(1.f) : static_cast<const half*>(p.s)[scale_of_channelwise(n)];
       bias_c[i] = p.bias == nullptr ? __float2half(0.f) : static_cast<const half*>(p.bias)[n];
     }
   };
+  // The warps of a chunk leave it in a patch, tokens as rows, in pieces of 8 features as the lanes hold them. A piece of C has
+  // its four pairs of features from the patch's pieces whose lanes took its m16 block.
+  constexpr int kPatchTokens = kTile.patch_tokens();
+  const int chunk = warp_index / kMates;
+  auto meet_mates = [&] {
+    if constexpr (kMates == 1) {
+      __syncwarp();
+    } else {
+      named_barrier(3 + chunk, kChunkThreads);
+    }
+  };
   auto write = [&](const Corner& corner) {
-    const uint32_t patch = scratch + warp_index * kTile.patch_bytes();
-    constexpr int kPitch = kTile.patch_pitch(), kRow = 2 * kBlocks;  // 16-byte pieces of a row: 8 features each
-    constexpr int kChunk = kTile.patch_tokens() / 8;                 // token blocks at a time
-    const int n0 = corner.n0 + feature;
     if (!kLoadsEarly && for_c) load_for_c(corner);
     if (for_c) {
 #pragma unroll
@@ -739,30 +772,43 @@ __global__ void __cluster_dims__(kCluster) __launch_bounds__(128 * (kGroups * kT
       }
     }
     if constexpr (kTeams > 1) named_barrier(1, kConsumers);  // the scratch has been read
+    const uint32_t patch = scratch + chunk * (kPatchTokens * PATCH_PITCH);
+    const uint32_t thread = made(threadIdx.x), piece = thread % 8;
+    const uint32_t patch_wr = patch + thread % 8 * PATCH_PITCH + thread / 8 % 2 * 16 + thread / 32 % kMates * (32 * kBlocks);
+    const int n = corner.n0 + chunk_feature(thread) + static_cast<int>(piece) * 8;
+    const int first_token = static_cast<int>(thread % kChunkThreads / 8);
 #pragma unroll
-    for (int j0 = 0; j0 < kMine; j0 += kChunk) {
+    for (int j0 = 0; j0 < kMine; j0 += kPatchTokens / 8) {
       const int first = team * kOwn + mine_first + j0;  // token block of the tile
       const int m = corner.m0 + 8 * first;
-      const int tokens_here =
-          static_cast<int>(min(int64_t{8} * min(kChunk, min(mine_blocks - j0, kTokenBlocks - first)), p.M - m));
+      const int blocks_here = min(kPatchTokens / 8, min(mine_blocks - j0, kTokenBlocks - first));
+      const int tokens_here = static_cast<int>(min(int64_t{8} * blocks_here, p.M - m));
       if (tokens_here <= 0) break;
 #pragma unroll
-      for (int j = 0; j < min(kChunk, kMine - j0); ++j) {
+      for (int j = j0; j < min(kMine, j0 + kPatchTokens / 8); ++j) {
 #pragma unroll
         for (int i = 0; i < kBlocks; ++i) {
-          const float* v = acc[i] + 4 * (j0 + j);
-          store_transposed(patch + (8 * j + lane % 8) * kPitch + lane / 8 % 2 * 16 + i * 32,
+          const float* v = acc[i] + 4 * j;
+          store_transposed(patch_wr + 8 * (j - j0) * PATCH_PITCH + i * 32,
                            as_bits(__floats2half2_rn(v[0], v[1])), as_bits(__floats2half2_rn(v[2], v[3])));
         }
       }
-      __syncwarp();
-      const int n = n0 + lane % kRow * 8;
-#pragma unroll 1
-      for (int token = lane / kRow; token < tokens_here && n < p.N_C; token += 32 / kRow) {
+      meet_mates();
+      auto write_piece = [&](int token, bool wide) {
+        if (token >= tokens_here || n >= p.N_C) return;
         uint32_t v[4];
-        load_smem(v, patch + token * kPitch + lane % kRow * 16);
+        if constexpr (kMates == 1) {
+          load_smem(v, patch + token * PATCH_PITCH + piece * 16);
+        } else {
+#pragma unroll
+          for (int q = 0; q < 4; ++q) {
+            uint32_t pair[1];
+            load_smem(pair, patch + token * PATCH_PITCH + (piece ^ q % kMates * kBlocks * 2) * 16 + q * 4);
+            v[q] = pair[0];
+          }
+        }
         half* c = static_cast<half*>(p.C) + (int64_t{m} + token) * p.N_C + n;
-        if (args.wide_c) {
+        if (wide) {
           *reinterpret_cast<uint4*>(c) = make_uint4(v[0], v[1], v[2], v[3]);
         } else {
 #pragma unroll
@@ -770,8 +816,16 @@ __global__ void __cluster_dims__(kCluster) __launch_bounds__(128 * (kGroups * kT
             if (n + e < p.N_C) c[e] = __ushort_as_half(static_cast<unsigned short>(v[e / 2] >> 16 * (e % 2)));
           }
         }
+      };
+      if (args.wide_c) {
+#pragma unroll
+        for (int token = 0; token < kPatchTokens; token += kChunkThreads / 8) write_piece(first_token + token, true);
+      } else {
+#pragma unroll 1
+        for (int token = 0; token < kPatchTokens; token += kChunkThreads / 8) write_piece(first_token + token, false);
       }
-      __syncwarp();
+      // Another team's sums come only after a barrier of all.
+      if (kTeams == 1 || j0 + kPatchTokens / 8 < kMine) meet_mates();
     }
   };
 
@@ -855,8 +909,7 @@ __global__ void __cluster_dims__(kCluster) __launch_bounds__(128 * (kGroups * kT
 
     const Corner corner = corner_of(args, segment.tile, kFeatures, kTokens);
     if (kLoadsEarly && for_c) load_for_c(corner);
-    reduce_in_cta();
-    reduce_in_cluster();
+    reduce();
     if (shared) {
       if (threadIdx.x == 0) ticket_smem = ticket;
       ticket = -1;
