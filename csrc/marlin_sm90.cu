@@ -27,6 +27,7 @@ namespace {
 
 constexpr int STEPS = 8;                 // k16 steps in a stage
 constexpr int STAGE_K = TILE_K * STEPS;  // rows of the weight in it
+constexpr int STAGES = 8;                // of the ring at most, but for the multiple of the teams
 constexpr int MIN_GROUP = 32;            // rows that certainly share a scale
 constexpr int SMEM_BYTES = 232448;       // that a CTA may use on sm_90
 constexpr int MAX_K = 1 << 22;           // up to which `quotient` is exact
@@ -69,12 +70,12 @@ struct Tile {
     while (at_once > 1 && exchange_bytes(at_once) > 24576) at_once /= 2;
     return exchange_bytes(at_once) > patches_bytes(8) ? exchange_bytes(at_once) : patches_bytes(8);
   }
-  // What is on its way from memory must outweigh what the teams are working on; more than 8 of k128 only delay the first.
+  // What is on its way from memory must outweigh what the teams are working on; more than STAGES only delay the first.
   // A multiple of the teams: each place of the ring is then one team's. Two that take turns at it would be two phases of its
   // barrier apart when data come late, and a parity cannot tell the next phase from the one before the last.
   MARLIN_HD constexpr int stages() const {
     const int fit = (SMEM_BYTES - 2048 - least_scratch_bytes() - inbox_bytes()) / stage_bytes();
-    const int turns = (8 + teams - 1) / teams;
+    const int turns = (STAGES + teams - 1) / teams;
     return teams * (fit / teams < turns ? fit / teams : turns);
   }
   // What the ring leaves: the fewer rounds, the fewer barriers at a tile's end.

@@ -593,14 +593,17 @@ Status launch(const Args& args, int grid, bool overlap, cudaStream_t stream) {
   return cudaLaunchKernelEx(&config, kernel, args) == cudaSuccess ? Status::ok : Status::launch_failed;
 }
 
+template <int kIdx>
+Status launch(const Args& args, int grid, bool overlap, bool halves, cudaStream_t stream) {
+  if (halves) return launch<kIdx, true>(args, grid, overlap, stream);
+  return launch<kIdx, false>(args, grid, overlap, stream);
+}
+
 template <int... kIdx>
 Status launch_any(const Args& args, int grid, bool overlap, int tile_idx, bool halves, cudaStream_t stream,
                   std::integer_sequence<int, kIdx...>) {
   Status status = Status::no_config;
-  ((tile_idx == kIdx && (status = halves ? launch<kIdx, true>(args, grid, overlap, stream)
-                                         : launch<kIdx, false>(args, grid, overlap, stream),
-                         true)) ||
-   ...);
+  ((tile_idx == kIdx && (status = launch<kIdx>(args, grid, overlap, halves, stream), true)) || ...);
   return status;
 }
 
