@@ -32,7 +32,7 @@ constexpr int MIN_GROUP = 32;            // rows that certainly share a scale
 constexpr int SMEM_BYTES = 232448;       // that a CTA may use on sm_90
 constexpr int MAX_K = 1 << 22;           // up to which `quotient` is exact
 constexpr int BAND = 16;                 // token tiles that are worked off together
-constexpr int PATCH_PITCH = 144;         // bytes of 64 features of C on their way, and 16 that spread tokens over all banks
+constexpr int PATCH_PITCH = 144;  // bytes of 64 features of C on their way, and 16 that spread tokens over all banks
 
 struct Tile {
   int blocks;  // m64 blocks of a warpgroup: 1, 2 or 4
@@ -666,15 +666,15 @@ __global__ void __cluster_dims__(kCluster) __launch_bounds__(128 * (kGroups * kT
     };
     if constexpr (kTeams == 1) {
 #pragma unroll
-      for (int v = 0; v < kOwn * kBlocks; ++v) keep_or_send(v / kBlocks, v % kBlocks, acc[v % kBlocks] + v / kBlocks * 4);
+      for (int v = 0; v < kOwn * kBlocks; ++v)
+        keep_or_send(v / kBlocks, v % kBlocks, acc[v % kBlocks] + v / kBlocks * 4);
     } else {
       constexpr int kAtOnce = kTile.exchange_at_once();
       // (owners, other teams, groups, vectors, threads) float4
       auto slot = [&](int owner, int writer, int v) {
         const int other = writer - (writer > owner);
-        return scratch + ((((owner * (kTeams - 1) + other) * kGroups + group) * kAtOnce + v % kAtOnce) * 128 +
-                          thread % 128) *
-                             16;
+        return scratch +
+               ((((owner * (kTeams - 1) + other) * kGroups + group) * kAtOnce + v % kAtOnce) * 128 + thread % 128) * 16;
       };
 #pragma unroll
       for (int v0 = 0; v0 < kOwn * kBlocks; v0 += kAtOnce) {
@@ -775,7 +775,8 @@ __global__ void __cluster_dims__(kCluster) __launch_bounds__(128 * (kGroups * kT
     if constexpr (kTeams > 1) named_barrier(1, kConsumers);  // the scratch has been read
     const uint32_t patch = scratch + chunk * (kPatchTokens * PATCH_PITCH);
     const uint32_t thread = made(threadIdx.x), piece = thread % 8;
-    const uint32_t patch_wr = patch + thread % 8 * PATCH_PITCH + thread / 8 % 2 * 16 + thread / 32 % kMates * (32 * kBlocks);
+    const uint32_t patch_wr =
+        patch + thread % 8 * PATCH_PITCH + thread / 8 % 2 * 16 + thread / 32 % kMates * (32 * kBlocks);
     const int n = corner.n0 + chunk_feature(thread) + static_cast<int>(piece) * 8;
     const int first_token = static_cast<int>(thread % kChunkThreads / 8);
 #pragma unroll
@@ -790,8 +791,8 @@ __global__ void __cluster_dims__(kCluster) __launch_bounds__(128 * (kGroups * kT
 #pragma unroll
         for (int i = 0; i < kBlocks; ++i) {
           const float* v = acc[i] + 4 * j;
-          store_transposed(patch_wr + 8 * (j - j0) * PATCH_PITCH + i * 32,
-                           as_bits(__floats2half2_rn(v[0], v[1])), as_bits(__floats2half2_rn(v[2], v[3])));
+          store_transposed(patch_wr + 8 * (j - j0) * PATCH_PITCH + i * 32, as_bits(__floats2half2_rn(v[0], v[1])),
+                           as_bits(__floats2half2_rn(v[2], v[3])));
         }
       }
       meet_mates();
