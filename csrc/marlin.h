@@ -260,6 +260,12 @@ __device__ inline void barrier_arrive_unless_0(uint32_t barrier) {
                : "memory");
 }
 
+// The same at a barrier of any CTA of the cluster. Nothing is published that way: reads have been made, that is all.
+__device__ inline void barrier_arrive_in_cluster_unless_0(uint32_t barrier) {
+  asm volatile("{ .reg .pred p; setp.ne.u32 p, %0, 0; @p mbarrier.arrive.shared::cluster.b64 _, [%0]; }" ::"r"(barrier)
+               : "memory");
+}
+
 // Arrives, and makes the barrier wait for that many bytes of copies too.
 __device__ inline void barrier_expect(uint32_t barrier, int bytes) {
   asm volatile("mbarrier.arrive.expect_tx.shared.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
@@ -299,6 +305,18 @@ __device__ inline void copy_box(uint32_t smem, const CUtensorMap& map, int x, in
       "l"(&map), "r"(x), "r"(y), "r"(barrier)
       : "memory");
 }
+
+// The same, to the same place of both CTAs of a cluster of two, each counted by its CTA's barrier.
+__device__ inline void copy_box_to_both(uint32_t smem, const CUtensorMap& map, int x, int y, uint32_t barrier) {
+  asm volatile(
+      "cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes.multicast::cluster "
+      "[%0], [%1, {%2, %3}], [%4], %5;" ::"r"(smem),
+      "l"(&map), "r"(x), "r"(y), "r"(barrier), "h"(static_cast<uint16_t>(3))
+      : "memory");
+}
+
+// Until all CTAs of the cluster have arrived there.
+__device__ inline void cluster_wait() { asm volatile("barrier.cluster.wait.acquire;" ::: "memory"); }
 
 __device__ inline void store_smem(uint32_t smem, const float* v) {
   asm volatile("st.shared.v4.f32 [%0], {%1, %2, %3, %4};" ::"r"(smem), "f"(v[0]), "f"(v[1]), "f"(v[2]), "f"(v[3])

@@ -10,7 +10,8 @@
 //   producer   warp 0 copies weights and scales by tensor maps, warp 1 the activations, as far ahead as the ring is deep
 //   group      kGroups warpgroups side by side own 64 kBlocks features each, and all kTokens tokens of the tile
 //   team       kTeams of these take the stages in turn; their sums meet when a tile of C ends
-//   cluster    one CTA, or two that take the stages of a tile in turn and send each other half of their sums
+//   cluster    one CTA; two that take the stages of a tile in turn and send each other half of their sums; or two with tiles
+//              side by side, each of which copies half of the activations into the shared memory of both
 //   stripe     tiles of C that do not fill a round of all clusters form one line of stages, cut into equal stripes, one per
 //              cluster; a tile cut by the border of a stripe is summed in FP32, always in the same order, by the cluster that
 //              comes last to the end of its part. Whole tiles come after the stripes.
@@ -34,14 +35,21 @@ constexpr int MAX_K = 1 << 22;           // up to which `quotient` is exact
 constexpr int BAND = 16;                 // token tiles that are worked off together
 constexpr int PATCH_PITCH = 144;  // bytes of 64 features of C on their way, and 16 that spread tokens over all banks
 
+constexpr int PAIR = -2;  // see Tile::cluster
+
 struct Tile {
   int blocks;  // m64 blocks of a warpgroup: 1, 2 or 4
   int tokens;
   int groups;
   int teams;
-  int cluster;  // CTAs that work on one tile: 1, or 2 that take the stages in turn
+  int cluster;  // CTAs: 1, 2 that take the stages of a tile in turn, or PAIR: two tiles side by side, with the same tokens
+
+  MARLIN_HD constexpr int ctas() const { return cluster == 1 ? 1 : 2; }
+  MARLIN_HD constexpr int split() const { return cluster == 2 ? 2 : 1; }
+  MARLIN_HD constexpr int pair() const { return cluster == PAIR ? 2 : 1; }
 
   MARLIN_HD constexpr int features() const { return 64 * blocks * groups; }
+  MARLIN_HD constexpr int cluster_features() const { return features() * pair(); }
   MARLIN_HD constexpr int consumers() const { return 128 * groups * teams; }
   MARLIN_HD constexpr int accumulators() const { return blocks * tokens / 2; }  // of a thread
   // Few tokens: the sums of a group are scaled, not its weights, 9 instructions a word instead of 13. Not those of short groups,
@@ -49,13 +57,14 @@ struct Tile {
   MARLIN_HD constexpr bool scales_sums() const { return blocks == 4 && tokens <= 32; }
   // Groups of which a stage has several have a kernel of their own. With more tokens and blocks the products hide what they cost.
   MARLIN_HD constexpr bool parts_short_groups() const { return tokens < 128 || blocks == 1; }
-  // Small scales make dequantisation shorter by 3 instructions of 13, which pays up to here.
-  MARLIN_HD constexpr bool wants_small() const { return !scales_sums() && blocks > 1 && tokens <= 64; }
+  // Small scales make dequantisation shorter by 3 instructions of 13, which pays up to here. Not where two CTAs would have to
+  // agree whether all is multiplied again.
+  MARLIN_HD constexpr bool wants_small() const { return !scales_sums() && blocks > 1 && tokens <= 64 && pair() == 1; }
   MARLIN_HD constexpr int token_blocks() const { return tokens / 8; }
   MARLIN_HD constexpr int own_blocks() const { return (token_blocks() + teams - 1) / teams; }  // after the teams' sum
-  MARLIN_HD constexpr int mine_blocks() const { return (own_blocks() + cluster - 1) / cluster; }  // after the cluster's
+  MARLIN_HD constexpr int mine_blocks() const { return (own_blocks() + split() - 1) / split(); }  // after the cluster's
   MARLIN_HD constexpr int vectors() const { return mine_blocks() * blocks; }  // of four sums that a thread ends up with
-  MARLIN_HD constexpr int inbox_bytes() const { return cluster == 1 ? 0 : vectors() * consumers() * 16; }
+  MARLIN_HD constexpr int inbox_bytes() const { return split() == 1 ? 0 : vectors() * consumers() * 16; }
   MARLIN_HD constexpr int a_bytes() const { return tokens * STAGE_K * 2; }
   MARLIN_HD constexpr int b_bytes() const { return features() * STAGE_K / 2; }
   MARLIN_HD constexpr int s_bytes() const { return features() * STAGE_K / MIN_GROUP * 2; }
@@ -178,8 +187,8 @@ Config make_config(const Problem& p, int tile_idx, int clusters, int stripes) {
   constexpr float kBytesPerUs = 4.3e6f;  // of the same fit
   const TileCost& cost = kTiles[tile_idx];
   const Tile& tile = cost.tile;
-  const int64_t tiles = ceil_div(p.N, tile.features()) * ceil_div(p.M, tile.tokens);
-  const int64_t stages = ceil_div(p.K, STAGE_K * tile.cluster);
+  const int64_t tiles = ceil_div(p.N, tile.cluster_features()) * ceil_div(p.M, tile.tokens);
+  const int64_t stages = ceil_div(p.K, STAGE_K * tile.split());
   const int64_t rounds = tiles / clusters, striped = tiles % clusters;
   if (stripes > striped * stages) stripes = static_cast<int>(striped * stages);
   const bool shared = stripes != striped;  // else a stripe is a whole tile
@@ -188,10 +197,10 @@ Config make_config(const Problem& p, int tile_idx, int clusters, int stripes) {
   config.tile_idx = tile_idx;
   config.features = tile.features();
   config.tokens = tile.tokens;
-  config.grid = clusters * tile.cluster;
+  config.grid = clusters * tile.ctas();
   config.stripes = shared ? stripes : 0;
-  config.num_locks = 2 * config.stripes * tile.cluster;
-  config.num_partials = int64_t{2} * config.stripes * tile.cluster * tile.consumers() * tile.vectors() * 4;
+  config.num_locks = 2 * config.stripes * tile.ctas();
+  config.num_partials = int64_t{2} * config.stripes * tile.ctas() * tile.consumers() * tile.vectors() * 4;
 
   // clusters that meet in a tile: one, several that each have an equal part of it, or a number more that cut it anywhere
   int64_t sharers = 0, units = rounds * stages, ends = rounds;
@@ -215,11 +224,11 @@ Config choose_config_sm90(const Problem& p, const Device& device, const Hints& h
   const int sms = hints.num_sms > 0 && hints.num_sms < device.num_sms ? hints.num_sms : device.num_sms;
   for (int i = 0; i < kNumTiles; ++i) {
     const Tile& tile = kTiles[i].tile;
-    const int clusters = sms / tile.cluster;
+    const int clusters = sms / tile.ctas();
     if (clusters == 0 || tile.smem_bytes() > device.smem_bytes || !takes(p)) continue;
     if ((hints.tile_n > 0 && hints.tile_n != tile.features()) || (hints.tile_idx >= 0 && hints.tile_idx != i)) continue;
     if (hints.tile_idx < 0 && hints.tile_n <= 0 && !is_measured(tile, p.M)) continue;
-    const int64_t tiles = ceil_div(p.N, tile.features()) * ceil_div(p.M, tile.tokens);
+    const int64_t tiles = ceil_div(p.N, tile.cluster_features()) * ceil_div(p.M, tile.tokens);
     const int striped = static_cast<int>(tiles % clusters);
     const int even = striped == 0 ? 0 : clusters / striped * striped;  // stripes that end where tiles do
     for (const int stripes : {even, clusters}) {
@@ -379,13 +388,15 @@ __device__ inline Corner corner_of(const Args& args, int tile, int features, int
 
 // kShortGroups: takes groups of which a stage has several, too.
 template <int kBlocks, int kTokens, int kGroups, int kTeams, int kCluster, bool kShortGroups>
-__global__ void __cluster_dims__(kCluster) __launch_bounds__(128 * (kGroups * kTeams + 1), 1)
+__global__ void __cluster_dims__(kCluster == 1 ? 1 : 2) __launch_bounds__(128 * (kGroups * kTeams + 1), 1)
     marlin_kernel(const __grid_constant__ Args args) {
   constexpr Tile kTile{kBlocks, kTokens, kGroups, kTeams, kCluster};
   constexpr int kFeatures = kTile.features(), kConsumers = kTile.consumers();
+  constexpr int kCtas = kTile.ctas(), kSplit = kTile.split(), kPair = kTile.pair();
   constexpr int kABytes = kTile.a_bytes(), kBBytes = kTile.b_bytes(), kABox = kTokens * 128;
   constexpr int kWarpgroups = kGroups * kTeams, kStages = kTile.stages();
   static_assert(kTokens % 8 == 0 && kStages > kTeams && kStages % kTeams == 0);
+  static_assert(kPair == 1 || (STEPS == 8 && !kTile.wants_small()), "each CTA copies one box; both walk the same way");
 
   extern __shared__ unsigned char smem[];
   __shared__ __align__(8) uint64_t full_barriers[kStages], empty_barriers[kStages];
@@ -405,7 +416,7 @@ __global__ void __cluster_dims__(kCluster) __launch_bounds__(128 * (kGroups * kT
   const int warp_index = __shfl_sync(0xffffffff, threadIdx.x / 32, 0);
   const int warpgroup = warp_index / 4, warp = warp_index % 4, lane = threadIdx.x % 32;
 
-  const int cluster = blockIdx.x / kCluster, rank = blockIdx.x % kCluster;
+  const int cluster = blockIdx.x / kCtas, rank = blockIdx.x % kCtas;
   // The first warp of the producer sets up the barriers and goes on to copy weights at once.
   constexpr int kProducer = 4 * kWarpgroups;
   constexpr int kStarters = kConsumers + (kTile.wants_small() ? 64 : 32);  // that meet before the first stage
@@ -414,10 +425,10 @@ __global__ void __cluster_dims__(kCluster) __launch_bounds__(128 * (kGroups * kT
 #pragma unroll
       for (int i = 0; i < kStages; ++i) {
         barrier_init(full + 8 * i, 2);
-        barrier_init(empty + 8 * i, 4 * kGroups);
+        barrier_init(empty + 8 * i, 4 * kGroups * kPair);
       }
       if (kTile.wants_small()) barrier_init(smem_address(&verdict_barrier), 1);
-      if (kCluster > 1) {
+      if (kSplit > 1) {
         barrier_init(inbox_full, 1);
         barrier_init(inbox_free, kConsumers / 32);
       }
@@ -435,11 +446,16 @@ __global__ void __cluster_dims__(kCluster) __launch_bounds__(128 * (kGroups * kT
     prefetch_map(args.s_map);
     prefetch_map(args.a_map);
   }
-  if constexpr (kCluster > 1) asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");
+  if constexpr (kCtas > 1) asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");
   launch_dependents();
 
-  const int clusters = gridDim.x / kCluster;
+  const int clusters = gridDim.x / kCtas;
   Segment segment;
+  auto corner_of_segment = [&] {
+    Corner corner = corner_of(args, segment.tile, kFeatures * kPair, kTokens);
+    if (kPair > 1) corner.n0 += rank * kFeatures;
+    return corner;
+  };
 
   // ---- issue next loads ----------------------------------------------------------------------------------------------
   if (warpgroup == kWarpgroups) {
@@ -450,7 +466,7 @@ __global__ void __cluster_dims__(kCluster) __launch_bounds__(128 * (kGroups * kT
     Corner corner;
     auto next_segment = [&] {
       if (!walk.next(args, cluster, clusters, segment)) return false;
-      corner = corner_of(args, segment.tile, kFeatures, kTokens);
+      corner = corner_of_segment();
       return true;
     };
     bool more = next_segment();
@@ -460,6 +476,7 @@ __global__ void __cluster_dims__(kCluster) __launch_bounds__(128 * (kGroups * kT
       wait_for_previous_kernel();  // A may be its output; weights never are
     }
     if (warp > 1 || !elected()) return;
+    if (kPair > 1 && warp == 1) cluster_wait();  // so are the other CTA's
     for (; more; more = next_segment()) {
       if (warp == 1) {  // what is read when C is written: else that waits for DRAM
 #pragma unroll
@@ -468,7 +485,8 @@ __global__ void __cluster_dims__(kCluster) __launch_bounds__(128 * (kGroups * kT
           if (p.bias != nullptr && corner.n0 + n < p.N_C) prefetch(static_cast<const half*>(p.bias) + corner.n0 + n);
         }
       }
-      for (int k = segment.begin * kCluster + rank; k < segment.end * kCluster; k += kCluster) {
+      const int first = kSplit > 1 ? rank : 0;
+      for (int k = segment.begin * kSplit + first; k < segment.end * kSplit; k += kSplit) {
         barrier_wait(empty + 8 * stage, parity);
         const uint32_t a_smem = ring + stage * (kABytes + kBBytes), done = full + 8 * stage;
         if (warp == 0) {
@@ -481,9 +499,13 @@ __global__ void __cluster_dims__(kCluster) __launch_bounds__(128 * (kGroups * kT
           }
         } else {
           barrier_expect(done, kABytes);
+          if constexpr (kPair > 1) {
+            copy_box_to_both(a_smem + rank * kABox, args.a_map, k * STAGE_K + 64 * rank, corner.m0, done);
+          } else {
 #pragma unroll
-          for (int i = 0; i < STEPS / 4; ++i)
-            copy_box(a_smem + i * kABox, args.a_map, k * STAGE_K + 64 * i, corner.m0, done);
+            for (int i = 0; i < STEPS / 4; ++i)
+              copy_box(a_smem + i * kABox, args.a_map, k * STAGE_K + 64 * i, corner.m0, done);
+          }
         }
         if (++stage == kStages) stage = 0, parity ^= 1;
       }
@@ -526,7 +548,16 @@ __global__ void __cluster_dims__(kCluster) __launch_bounds__(128 * (kGroups * kT
   int stage = team, parity = 0;  // this team's next one
   int behind = team;             // and how many stages it lies behind the segment's begin
   uint32_t to_release = 0;       // the barrier of the stage before, for one lane of a warp
-  const uint32_t my_full = made(full), my_empty = made(empty);
+  // A place of the ring is free for the copies of both CTAs of a pair: lane 1 tells the other one.
+  const uint32_t my_full = made(full), my_empty = made(kPair > 1 ? in_cta(empty, rank ^ (lane & 1)) : empty);
+
+  auto release = [](uint32_t barrier) {
+    if constexpr (kPair > 1) {
+      barrier_arrive_in_cluster_unless_0(barrier);
+    } else {
+      barrier_arrive_unless_0(barrier);
+    }
+  };
 
   auto load_words = [&](int at, int step) {
     load_smem(words[step], ring + at * (kABytes + kBBytes) + step * (kFeatures * 8) + b_rd);
@@ -629,7 +660,7 @@ __global__ void __cluster_dims__(kCluster) __launch_bounds__(128 * (kGroups * kT
         }
       }
       wgmma_wait<1>();
-      if (step == 0) barrier_arrive_unless_0(to_release);
+      if (step == 0) release(to_release);
     }
   };
 
@@ -637,7 +668,8 @@ __global__ void __cluster_dims__(kCluster) __launch_bounds__(128 * (kGroups * kT
   // Team r gets the teams' sums of token blocks r kOwn ... Of these the first CTA of a cluster keeps kMine, the other one the
   // rest, in its first ones.
   constexpr int kOwn = kTile.own_blocks(), kTokenBlocks = kTile.token_blocks(), kMine = kTile.mine_blocks();
-  const int mine_first = rank * kMine, mine_blocks = rank == 0 ? kMine : kOwn - kMine;  // of a team's
+  const int mine_first = kSplit > 1 ? rank * kMine : 0;  // of a team's
+  const int mine_blocks = kSplit == 1 || rank == 0 ? kMine : kOwn - kMine;
   int inbox_parity = 0;
   bool first_tile = true;
   auto reduce = [&] {
@@ -645,19 +677,19 @@ __global__ void __cluster_dims__(kCluster) __launch_bounds__(128 * (kGroups * kT
     const uint32_t thread = made(threadIdx.x);
     const uint32_t mail = inbox + thread * 16;
     uint32_t peer_mail = 0, peer_full = 0;
-    if constexpr (kCluster > 1) {
+    if constexpr (kSplit > 1) {
       peer_mail = in_cta(mail, peer);
       peer_full = in_cta(inbox_full, peer);
       if (threadIdx.x == 0) barrier_expect(inbox_full, mine_blocks * kBlocks * kConsumers * 16);
       if (first_tile) {
-        asm volatile("barrier.cluster.wait.acquire;" ::: "memory");  // the other CTA has set up its barriers
-      } else if (kOwn > 1 || rank == 1) {                            // there is something to send
+        cluster_wait();                    // the other CTA has set up its barriers
+      } else if (kOwn > 1 || rank == 1) {  // there is something to send
         barrier_wait(inbox_free, inbox_parity ^ 1);
       }
     }
     // Of this team's token block j, m64 block i. What is sent first is on its way while the rest is added up.
     auto keep_or_send = [&](int j, int i, const float* sum) {
-      if (kCluster > 1 && (j < kMine) != (rank == 0)) {
+      if (kSplit > 1 && (j < kMine) != (rank == 0)) {
         send(peer_mail + (j % kMine * kBlocks + i) * (kConsumers * 16), sum, peer_full);
       } else {
 #pragma unroll
@@ -707,7 +739,7 @@ __global__ void __cluster_dims__(kCluster) __launch_bounds__(128 * (kGroups * kT
         }
       }
     }
-    if constexpr (kCluster > 1) {
+    if constexpr (kSplit > 1) {
       barrier_wait(inbox_full, inbox_parity);
       inbox_parity ^= 1;
 #pragma unroll
@@ -728,7 +760,7 @@ __global__ void __cluster_dims__(kCluster) __launch_bounds__(128 * (kGroups * kT
     return by_longer < args.longer ? by_longer : (unit - args.longer) / args.stripe;
   };
   auto partial_of = [&](int owner, bool begins_tile) {  // (token blocks x m64 blocks, threads) float4
-    const int index = (2 * owner + begins_tile) * kCluster + rank;
+    const int index = (2 * owner + begins_tile) * kCtas + rank;
     return reinterpret_cast<float4*>(args.partials) + int64_t{index} * kTile.vectors() * kConsumers + threadIdx.x;
   };
 
@@ -852,7 +884,7 @@ __global__ void __cluster_dims__(kCluster) __launch_bounds__(128 * (kGroups * kT
     const int count = segment.end - segment.begin;
     const bool shared = count < args.k_stages;
     const int unit0 = (segment.tile - args.whole_tiles) * args.k_stages;  // of the tile, if it is shared
-    const int lock = 2 * (shared ? cluster_of(unit0) * kCluster + rank : 0);
+    const int lock = 2 * (shared ? cluster_of(unit0) * kCtas + rank : 0);
     // Who comes last to the end of his part, bar a few stages, sums them all: it waits for those that came before, which
     // wait for nobody. Drawn that early, the ticket is there when it is needed.
     auto draw_ticket = [&] {
@@ -876,7 +908,7 @@ __global__ void __cluster_dims__(kCluster) __launch_bounds__(128 * (kGroups * kT
         int next_stage = stage + kTeams, next_parity = parity;
         if (next_stage >= kStages) next_stage -= kStages, next_parity ^= 1;
         multiply_stage(small_scales, next_stage, next_parity, behind + kTeams >= count);
-        to_release = lane == 0 ? my_empty + 8 * stage : 0;
+        to_release = lane < kPair ? my_empty + 8 * stage : 0;
         stage = next_stage;
         parity = next_parity;
       }
@@ -891,7 +923,7 @@ __global__ void __cluster_dims__(kCluster) __launch_bounds__(128 * (kGroups * kT
     draw_ticket();
     wgmma_wait<0>();
     hide(acc);  // not read before the wait
-    barrier_arrive_unless_0(to_release);
+    release(to_release);
     to_release = 0;
     behind -= count;
     if (large == 0) {
@@ -909,7 +941,7 @@ __global__ void __cluster_dims__(kCluster) __launch_bounds__(128 * (kGroups * kT
       }
     }
 
-    const Corner corner = corner_of(args, segment.tile, kFeatures, kTokens);
+    const Corner corner = corner_of_segment();
     if (kLoadsEarly && for_c) load_for_c(corner);
     reduce();
     if (shared) {
@@ -988,6 +1020,11 @@ __global__ void __cluster_dims__(kCluster) __launch_bounds__(128 * (kGroups * kT
     }
     write(corner);
   }
+  if constexpr (kPair > 1) {  // the other CTA may still tell this one's barriers that a place is free
+    cluster_wait();           // the arrival at the start
+    asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");
+    cluster_wait();
+  }
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -1041,7 +1078,7 @@ Status run_sm90(const Problem& p, const Config& config, bool overlap, int32_t* l
   if (config.tile_idx < 0 || config.tile_idx >= kNumTiles || config.grid < 1) return Status::no_config;
 
   const Tile& tile = kTiles[config.tile_idx].tile;
-  const int64_t stages = ceil_div(p.K, STAGE_K * tile.cluster), slices = ceil_div(p.N, tile.features());
+  const int64_t stages = ceil_div(p.K, STAGE_K * tile.split()), slices = ceil_div(p.N, tile.cluster_features());
   const int64_t token_tiles = ceil_div(p.M, tile.tokens), tiles = slices * token_tiles;
   if (!takes(p) || tiles * stages > INT_MAX / 2 || p.M > INT_MAX / 2 || p.N > INT_MAX / 2) return Status::bad_shape;
   const bool grouped = p.group != p.K;
@@ -1053,8 +1090,8 @@ Status run_sm90(const Problem& p, const Config& config, bool overlap, int32_t* l
   args.per_k_stages = ceil_div(int64_t{1} << 56, stages);
   args.per_token_tiles = ceil_div(int64_t{1} << 32, token_tiles);
   args.stripes = config.stripes;
-  args.whole_tiles = static_cast<int>(
-      config.stripes == 0 ? tiles : tiles / (config.grid / tile.cluster) * (config.grid / tile.cluster));
+  args.whole_tiles =
+      static_cast<int>(config.stripes == 0 ? tiles : tiles / (config.grid / tile.ctas()) * (config.grid / tile.ctas()));
   if (config.stripes > 0) {
     const int64_t units = (tiles - args.whole_tiles) * stages;
     args.stripe = static_cast<int>(units / config.stripes);
