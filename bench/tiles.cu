@@ -82,8 +82,8 @@ bool fits(const Tile& tile, int M) { return is_measured(tile, M); }
 // Stripes of the clusters: ending where tiles do, and one for every cluster.
 std::vector<Config> ways(const Problem& p, int tile_idx, int num_sms) {
   const Tile& tile = kTiles[tile_idx].tile;
-  const int clusters = num_sms / tile.cluster;
-  const int striped = static_cast<int>(ceil_div(p.N, tile.features()) * ceil_div(p.M, tile.tokens) % clusters);
+  const int clusters = num_sms / tile.ctas();
+  const int striped = static_cast<int>(ceil_div(p.N, tile.cluster_features()) * ceil_div(p.M, tile.tokens) % clusters);
   const int even = striped == 0 ? 0 : clusters / striped * striped;
   std::vector<Config> configs = {make_config(p, tile_idx, clusters, even)};
   if (striped > 0 && even < clusters) configs.push_back(make_config(p, tile_idx, clusters, clusters));
@@ -97,7 +97,7 @@ Status run_tile(const Problem& p, const Config& config, int32_t* locks, float* p
 // tile, features, tokens, rows of K that a cluster takes at once, clusters, stripes
 void print_tile(const Tile& tile, const Config& config) {
   std::printf("%dx%dx%dx%dx%d,%d,%d,%d,%d,%d", tile.blocks, tile.tokens, tile.groups, tile.teams, tile.cluster,
-              tile.features(), tile.tokens, STAGE_K * tile.cluster, config.grid / tile.cluster, config.stripes);
+              tile.cluster_features(), tile.tokens, STAGE_K * tile.split(), config.grid / tile.ctas(), config.stripes);
 }
 
 #elif defined(SM90_FEW)

@@ -140,6 +140,7 @@ TIMES: dict[str, type[TimeSm80] | type[TimeSm90] | type[TimeSm90Few]] = {
     "sm90": TimeSm90,
     "sm90_few": TimeSm90Few,
 }
+PAIR = "-2"  # of the last number of a tile in marlin_sm90.cu
 KERNELS = {"sm80": ["sm80"], "sm90": ["sm90", "sm90_few"]}  # that a backend chooses between
 
 
@@ -246,8 +247,10 @@ def table(kernel: str) -> dict[str, Constants]:
     """The constants that a kernel file has now, in the order of tile_idx."""
     text = (HERE.parent / "csrc" / f"marlin_{kernel}.cu").read_text()
     return {
-        sizes.replace(", ", "x"): tuple(float(x.rstrip("f")) for x in numbers.split(", "))
-        for sizes, numbers in re.findall(r"{{([\d, ]+)}, ([\d.f, ]+)}", text)
+        sizes.replace(", ", "x").replace("PAIR", PAIR): tuple(
+            float(x.rstrip("f")) for x in numbers.split(", ")
+        )
+        for sizes, numbers in re.findall(r"{{([\w, ]+)}, ([\d.f, ]+)}", text)
     }
 
 
@@ -291,7 +294,7 @@ def main() -> int:
         nudge(times, start)
     constants = min(starts, key=lambda start: math.prod(losses(times, start)))
     for tile, values in constants.items():
-        sizes = tile.replace("x", ", ")
+        sizes = tile.replace("x", ", ").replace(PAIR, "PAIR")
         numbers = [f"{values[0]:.4f}f", *(f"{value:.2f}f" for value in values[1:])]
         print(f"    {{{{{sizes}}}, {', '.join(numbers)}}},")
     lost = losses(times, constants)

@@ -103,12 +103,6 @@ struct Tile {
     const int exchange = exchange_bytes(exchange_at_once()), patches = patches_bytes(patch_tokens());
     return exchange > patches ? exchange : patches;
   }
-  // Packed words are read so many steps at once, as far as there are registers for them: read two steps ahead, the compiler
-  // uses them at once, and the latency of shared memory shows in each step.
-  MARLIN_HD constexpr int words_at_once() const {
-    if (blocks * tokens > 128 && blocks > 1) return blocks * tokens == 192 ? 2 : 1;
-    return blocks == 4 || (blocks == 2 && teams == 3) ? 3 : STEPS - 2;
-  }
   // Registers of a thread: what the launch gives all alike, and what producer and consumers have where that is too little.
   MARLIN_HD constexpr int launch_registers() const { return 512 / (consumers() / 128 + 1) / 8 * 8; }
   MARLIN_HD constexpr bool moves_registers() const {
@@ -136,37 +130,37 @@ struct TileCost {
 
 constexpr TileCost kTiles[] = {
     // 16 tokens
-    {{4, 16, 1, 3, 1}, 0.5475f, 1.50f, 0.74f, 1.86f},
-    {{1, 16, 1, 2, 2}, 0.2183f, 0.34f, 0.52f, 2.00f},
+    {{4, 16, 1, 3, 1}, 0.5503f, 1.45f, 1.26f, 0.78f},
+    {{1, 16, 1, 2, 2}, 0.2286f, 0.87f, 0.62f, 1.05f},
     // 32
-    {{4, 32, 1, 2, 1}, 0.6278f, 0.88f, 0.71f, 2.78f},
-    {{2, 32, 1, 2, 2}, 0.3444f, 1.48f, 0.98f, 1.13f},
-    {{1, 32, 1, 2, 2}, 0.2103f, 0.46f, 0.46f, 1.98f},
-    {{1, 32, 1, 3, 2}, 0.2276f, 0.79f, 0.50f, 1.97f},
+    {{4, 32, 1, 2, PAIR}, 0.6522f, 0.30f, 1.63f, 1.47f},
+    {{2, 32, 1, 2, 2}, 0.3562f, 1.17f, 0.81f, 1.09f},
+    {{1, 32, 1, 2, 2}, 0.2472f, 0.48f, 0.47f, 1.64f},
+    {{1, 32, 1, 3, 2}, 0.2020f, 0.59f, 0.52f, 1.89f},
     // 48
-    {{4, 48, 1, 2, 1}, 0.7469f, 1.04f, 3.91f, 0.04f},
-    {{2, 48, 1, 3, 2}, 0.3900f, 2.09f, 0.36f, 1.47f},
-    {{1, 48, 1, 3, 2}, 0.2180f, 1.16f, 0.55f, 1.83f},
+    {{4, 48, 1, 2, 1}, 0.7832f, 0.71f, 4.72f, 0.00f},
+    {{2, 48, 1, 3, 2}, 0.4238f, 1.05f, 0.44f, 1.29f},
+    {{1, 48, 1, 3, 2}, 0.2178f, 0.91f, 0.34f, 1.87f},
     // 64
-    {{4, 64, 1, 2, 1}, 0.8756f, 1.07f, 4.68f, 0.01f},
-    {{2, 64, 1, 2, 2}, 0.4225f, 2.61f, 1.80f, 0.54f},
-    {{1, 64, 1, 2, 2}, 0.2830f, 0.99f, 0.59f, 1.79f},
-    {{1, 64, 1, 3, 2}, 0.2755f, 1.22f, 0.56f, 1.68f},
-    {{1, 64, 1, 3, 1}, 0.2813f, 0.71f, 0.46f, 1.79f},
+    {{4, 64, 1, 2, PAIR}, 0.9366f, 0.39f, 3.85f, 0.00f},
+    {{4, 64, 1, 2, 1}, 1.0028f, 1.06f, 1.63f, 0.00f},
+    {{2, 64, 1, 2, 2}, 0.4851f, 1.92f, 1.44f, 0.42f},
+    {{1, 64, 1, 2, 2}, 0.2536f, 0.89f, 0.67f, 1.75f},
+    {{1, 64, 1, 3, 1}, 0.2775f, 0.47f, 0.47f, 1.59f},
     // 96
-    {{2, 96, 2, 1, 1}, 1.2173f, 0.00f, 3.80f, 0.00f},
-    {{2, 96, 1, 2, 2}, 0.6498f, 2.49f, 1.80f, 0.76f},
-    {{1, 96, 4, 1, 1}, 1.2562f, 0.18f, 2.03f, 0.52f},
-    {{1, 96, 1, 2, 2}, 0.3175f, 1.73f, 0.59f, 1.62f},
-    {{1, 96, 1, 2, 1}, 0.3269f, 1.36f, 0.53f, 1.45f},
+    {{2, 96, 1, 2, 2}, 0.6828f, 1.36f, 1.43f, 0.19f},
+    {{1, 96, 1, 2, 1}, 0.3658f, 1.17f, 0.57f, 1.52f},
+    {{1, 96, 1, 2, 2}, 0.3303f, 1.34f, 0.59f, 1.37f},
+    {{1, 96, 4, 1, 1}, 1.2624f, 0.00f, 5.52f, 0.00f},
     // 128
-    {{2, 128, 2, 1, 1}, 1.6187f, 1.50f, 2.75f, 0.03f},
-    {{2, 128, 1, 2, 1}, 0.8230f, 1.69f, 1.44f, 0.00f},
-    {{1, 128, 4, 1, 1}, 1.7209f, 0.67f, 2.63f, 0.00f},
-    {{1, 128, 3, 1, 1}, 1.2250f, 1.31f, 2.04f, 0.00f},
-    {{1, 128, 3, 1, 2}, 1.2144f, 2.37f, 1.30f, 0.00f},
-    {{1, 128, 2, 1, 2}, 0.8300f, 1.27f, 3.25f, 0.00f},
-    {{1, 128, 1, 2, 1}, 0.4837f, 1.37f, 1.03f, 0.00f},
+    {{2, 128, 1, 2, 1}, 0.8345f, 0.66f, 1.61f, 0.39f},
+    {{2, 128, 2, 1, PAIR}, 1.6649f, 0.04f, 1.81f, 2.02f},
+    {{2, 128, 2, 1, 1}, 1.6261f, 0.76f, 2.45f, 0.08f},
+    {{1, 128, 1, 2, 1}, 0.4211f, 1.06f, 1.09f, 0.13f},
+    {{1, 128, 2, 1, 2}, 0.8131f, 2.01f, 1.00f, 0.80f},
+    {{1, 128, 3, 1, PAIR}, 1.2159f, 0.77f, 2.71f, 0.00f},
+    {{1, 128, 3, 1, 2}, 1.2208f, 2.22f, 1.34f, 0.00f},
+    {{1, 128, 4, 1, PAIR}, 1.6056f, 1.28f, 2.45f, 0.36f},
 };
 constexpr int kNumTiles = sizeof(kTiles) / sizeof(kTiles[0]);
 
@@ -523,15 +517,8 @@ __global__ void __cluster_dims__(kCluster == 1 ? 1 : 2) __launch_bounds__(128 * 
     asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(kTile.consumer_registers()));
   Walk walk(args, made(cluster));
   const int team = kTeams == 1 ? 0 : warpgroup / kGroups, group = warpgroup % kGroups, g = lane / 4;
-  // A warp's rows of the product are not features one after the other: of a chunk's words, lanes l and l + 8 take those of
-  // different m16 blocks. Else, where a warp takes one or two words of each 16 bytes, these lanes would meet in a bank.
-  constexpr int kMates = kTile.mates();
-  constexpr int kChunkThreads = 32 * kMates;
-  auto chunk_feature = [&](uint32_t thread) {  // the first of its chunk in the tile
-    return group * 64 * kBlocks + static_cast<int>(thread % 128 / kChunkThreads) * 64;
-  };
-  auto feature_of = [&](uint32_t thread) {  // of its first m16 block, the first
-    return chunk_feature(thread) + static_cast<int>((thread / 32 ^ thread / 8) % kMates) * 16 * kBlocks;
+  auto feature_of = [&](uint32_t thread) {  // of the warp's rows of the tile, the first
+    return group * 64 * kBlocks + static_cast<int>(thread / 32 % 4) * 16 * kBlocks;
   };
   const int feature = feature_of(threadIdx.x);
   const uint32_t b_rd = kABytes + feature / 64 * 512 + lane * 16 + feature % 64 / 16 * 4;
@@ -542,7 +529,7 @@ __global__ void __cluster_dims__(kCluster == 1 ? 1 : 2) __launch_bounds__(128 * 
   constexpr bool kScalesSums = kTile.scales_sums() && !kShortGroups;
   float sums[kScalesSums ? kBlocks : 1][kTokens / 2];  // of one group, not yet scaled
   uint32_t left[2][kBlocks][4];                        // (buffers, m64 blocks, registers)
-  uint32_t words[STEPS][kBlocks];                      // few of them at a time
+  uint32_t words[2][kBlocks];                          // of this step and the next
   uint32_t s_frag[kBlocks];                            // scales of 32 rows: pairs for features g and g + 8
 
   int stage = team, parity = 0;  // this team's next one
@@ -560,7 +547,7 @@ __global__ void __cluster_dims__(kCluster == 1 ? 1 : 2) __launch_bounds__(128 * 
   };
 
   auto load_words = [&](int at, int step) {
-    load_smem(words[step], ring + at * (kABytes + kBBytes) + step * (kFeatures * 8) + b_rd);
+    load_smem(words[step % 2], ring + at * (kABytes + kBBytes) + step * (kFeatures * 8) + b_rd);
   };
   const auto scales_of = [&](int half_step) {  // where those of a stage's 32 rows lie
     return made(static_cast<uint32_t>((half_step * MIN_GROUP >> args.group_shift) * (kFeatures * 2)));
@@ -608,7 +595,6 @@ __global__ void __cluster_dims__(kCluster == 1 ? 1 : 2) __launch_bounds__(128 * 
   // ---- one stage ---------------------------------------------------------------------------------------------------------
   auto multiply_stage = [&](auto small_scales, int next_stage, int next_parity, bool last) {
     constexpr bool kSmall = decltype(small_scales)::value;
-    constexpr int kAtOnce = kTile.words_at_once();
     // the low half of the descriptor; shfl as above
     const uint32_t tokens = __shfl_sync(0xffffffff, (1 << 16) | (ring + stage * (kABytes + kBBytes)) >> 4, 0);
     bool there = last;  // the next stage, as far as there is one
@@ -623,9 +609,9 @@ __global__ void __cluster_dims__(kCluster == 1 ? 1 : 2) __launch_bounds__(128 * 
 #pragma unroll
       for (int i = 0; i < kBlocks; ++i) {
         if constexpr (kSmall) {
-          dequantise_small(left[step % 2][i], words[step][i], small[i]);
+          dequantise_small(left[step % 2][i], words[step % 2][i], small[i]);
         } else {
-          dequantise<!kScalesSums>(left[step % 2][i], words[step][i], s_frag[i]);
+          dequantise<!kScalesSums>(left[step % 2][i], words[step % 2][i], s_frag[i]);
         }
       }
       if (kScalesSums && step == 0) add_scaled();  // of the stage before
@@ -645,12 +631,12 @@ __global__ void __cluster_dims__(kCluster == 1 ? 1 : 2) __launch_bounds__(128 * 
       if (kScalesSums && step + 1 == STEPS) load_scales(stage, 0);
       // Asked a step ahead, so that the answer is there. What is read behind the last stage is not used.
       if (step + 3 == STEPS) there |= barrier_test(my_full + 8 * next_stage, next_parity);
-      if (step % kAtOnce == 0) {
-#pragma unroll
-        for (int j = step + 2; j < STEPS && j < step + 2 + kAtOnce; ++j) load_words(stage, j);
+      if (step + 2 < STEPS) {
+        load_words(stage, step + 2);
+      } else {
+        if (step + 2 == STEPS) barrier_wait(my_full + 8 * next_stage, next_parity, there);
+        load_words(next_stage, step + 2 - STEPS);
       }
-      if (step + 2 == STEPS) barrier_wait(my_full + 8 * next_stage, next_parity, there);
-      if (step + 2 >= STEPS) load_words(next_stage, step + 2 - STEPS);
       if (!kScalesSums && ends_group(step)) {
         if (step + 1 < STEPS) {
           load_scales(stage, (step + 1) / 2);
@@ -779,15 +765,13 @@ __global__ void __cluster_dims__(kCluster == 1 ? 1 : 2) __launch_bounds__(128 * 
       bias_c[i] = p.bias == nullptr ? __float2half(0.f) : static_cast<const half*>(p.bias)[n];
     }
   };
-  // The warps of a chunk leave it in a patch, tokens as rows, in pieces of 8 features as the lanes hold them. A piece of C has
-  // its four pairs of features from the patch's pieces whose lanes took its m16 block.
-  constexpr int kPatchTokens = kTile.patch_tokens();
-  const int chunk = warp_index / kMates;
-  auto meet_mates = [&] {
+  // The warps of a chunk leave it in a patch, tokens as rows, and write it to C, 128 bytes of a token at a time.
+  constexpr int kMates = kTile.mates(), kChunkThreads = 32 * kMates, kPatchTokens = kTile.patch_tokens();
+  auto meet_mates = [&](uint32_t chunk) {
     if constexpr (kMates == 1) {
       __syncwarp();
     } else {
-      named_barrier(3 + chunk, kChunkThreads);
+      named_barrier(3 + static_cast<int>(chunk), kChunkThreads);
     }
   };
   auto write = [&](const Corner& corner) {
@@ -805,11 +789,11 @@ __global__ void __cluster_dims__(kCluster == 1 ? 1 : 2) __launch_bounds__(128 * 
       }
     }
     if constexpr (kTeams > 1) named_barrier(1, kConsumers);  // the scratch has been read
+    const uint32_t thread = made(threadIdx.x), chunk = thread / kChunkThreads, piece = thread % 8;
     const uint32_t patch = scratch + chunk * (kPatchTokens * PATCH_PITCH);
-    const uint32_t thread = made(threadIdx.x), piece = thread % 8;
     const uint32_t patch_wr =
         patch + thread % 8 * PATCH_PITCH + thread / 8 % 2 * 16 + thread / 32 % kMates * (32 * kBlocks);
-    const int n = corner.n0 + chunk_feature(thread) + static_cast<int>(piece) * 8;
+    const int n = corner.n0 + group * 64 * kBlocks + static_cast<int>(thread % 128 / kChunkThreads * 64 + piece * 8);
     const int first_token = static_cast<int>(thread % kChunkThreads / 8);
 #pragma unroll
     for (int j0 = 0; j0 < kMine; j0 += kPatchTokens / 8) {
@@ -827,20 +811,11 @@ __global__ void __cluster_dims__(kCluster == 1 ? 1 : 2) __launch_bounds__(128 * 
                            as_bits(__floats2half2_rn(v[2], v[3])));
         }
       }
-      meet_mates();
+      meet_mates(chunk);
       auto write_piece = [&](int token, bool wide) {
         if (token >= tokens_here || n >= p.N_C) return;
         uint32_t v[4];
-        if constexpr (kMates == 1) {
-          load_smem(v, patch + token * PATCH_PITCH + piece * 16);
-        } else {
-#pragma unroll
-          for (int q = 0; q < 4; ++q) {
-            uint32_t pair[1];
-            load_smem(pair, patch + token * PATCH_PITCH + (piece ^ q % kMates * kBlocks * 2) * 16 + q * 4);
-            v[q] = pair[0];
-          }
-        }
+        load_smem(v, patch + token * PATCH_PITCH + piece * 16);
         half* c = static_cast<half*>(p.C) + (int64_t{m} + token) * p.N_C + n;
         if (wide) {
           *reinterpret_cast<uint4*>(c) = make_uint4(v[0], v[1], v[2], v[3]);
@@ -859,7 +834,7 @@ __global__ void __cluster_dims__(kCluster == 1 ? 1 : 2) __launch_bounds__(128 * 
         for (int token = 0; token < kPatchTokens; token += kChunkThreads / 8) write_piece(first_token + token, false);
       }
       // Another team's sums come only after a barrier of all.
-      if (kTeams == 1 || j0 + kPatchTokens / 8 < kMine) meet_mates();
+      if (kTeams == 1 || j0 + kPatchTokens / 8 < kMine) meet_mates(chunk);
     }
   };
 
