@@ -61,13 +61,13 @@ struct TileCost {
 
 constexpr TileCost kTiles[] = {
     // 1 token
-    {{1, 16, 3, 1}, 0.0000f, 0.42f, 0.34f, 2.00f},
-    {{1, 8, 3, 2}, 0.0000f, 0.51f, 0.48f, 1.71f},
+    {{1, 16, 3, 1}, 0.0603f, 0.48f, 0.31f, 0.75f},
+    {{1, 8, 3, 2}, 0.0044f, 0.45f, 0.33f, 2.82f},
     // 8
-    {{8, 16, 3, 1}, 0.0563f, 0.91f, 0.29f, 0.44f},
-    {{8, 8, 3, 2}, 0.0040f, 0.47f, 0.27f, 3.75f},
+    {{8, 16, 3, 1}, 0.0626f, 0.88f, 0.25f, 0.85f},
+    {{8, 8, 3, 2}, 0.0043f, 0.45f, 3.47f, 1.51f},
     // 16
-    {{16, 12, 3, 1}, 0.0803f, 1.19f, 0.37f, 0.76f},
+    {{16, 12, 3, 1}, 0.0748f, 1.60f, 0.58f, 0.13f},
 };
 constexpr int kNumTiles = sizeof(kTiles) / sizeof(kTiles[0]);
 
@@ -78,6 +78,9 @@ constexpr bool takes(const Problem& p) {
   return stages > 1 && (p.group == p.K || p.group % SCALE_K == 0) && p.N <= kMaxSize && p.K <= kMaxSize &&
          p.lda <= kMaxSize && ceil_div(p.N, TILE_N) * stages * stages < kMaxProduct;
 }
+
+// Of the tiles that hold so many tokens, those with the fewest.
+constexpr bool is_measured(const Tile& tile, int64_t M) { return tile.tokens == (M == 1 ? 1 : M <= 8 ? 8 : 16); }
 
 constexpr uint32_t magic_of(int64_t divisor) { return static_cast<uint32_t>(ceil_div(int64_t{1} << 32, divisor)); }
 
@@ -127,6 +130,7 @@ Config choose_config_sm90_few(const Problem& p, const Device& device, const Hint
     const Tile& tile = kTiles[i].tile;
     if (p.M > tile.tokens || tile.smem_bytes() > device.smem_bytes) continue;
     if ((hints.tile_n > 0 && hints.tile_n != TILE_N) || (hints.tile_idx >= 0 && hints.tile_idx != i)) continue;
+    if (hints.tile_idx < 0 && !is_measured(tile, p.M)) continue;
     const int all = device.num_sms * tile.per_sm, most = wished && hints.num_sms < all ? hints.num_sms : all;
     for (const int stripes : {even_stripes(ceil_div(p.N, TILE_N), most), most}) {
       const Config config = make_config(p, i, stripes);
@@ -424,17 +428,6 @@ __global__ void __launch_bounds__(32 * kWarps, kPerSm) marlin_kernel(const __gri
     for (int v = (threadIdx.x + end * kPartPairs) % kThreads; v < args.tokens * kPairs; v += kThreads) {
       const int m = v / kPairs, n = tile * TILE_N + v % kPairs * 2;
       const float* const patch_rd = patches_rd + m * PATCH_PITCH + v % kPairs * 2;
-      const bool both = n + 1 < args.n_c;
-      half scale[2], bias[2];  // each in a register of its own: nothing waits for them before they are used
-      auto load_for_c = [&] {
-        if (!grouped) {
-          const half* const s = static_cast<const half*>(args.s);
-          scale[0] = s[scale_of_channelwise(n)], scale[1] = s[scale_of_channelwise(n + 1)];
-        }
-        if (args.bias != nullptr && n < args.n_c) bias[0] = args.bias[n];
-        if (args.bias != nullptr && both) bias[1] = args.bias[n + 1];
-      };
-      if (kTokens == 1) load_for_c();  // ahead of the sums; with more tokens that gains nothing
       float2 sum = make_float2(0, 0);
 #pragma unroll
       for (int w = 0; w < kWarps; ++w) {
@@ -455,9 +448,15 @@ __global__ void __launch_bounds__(32 * kWarps, kPerSm) marlin_kernel(const __gri
         }
       }
       if (n >= args.n_c) continue;
-      if (kTokens > 1) load_for_c();
-      if (!grouped) sum.x *= __half2float(scale[0]), sum.y *= __half2float(scale[1]);
-      if (args.bias != nullptr) sum.x += __half2float(bias[0]), sum.y += __half2float(bias[1]);
+      const bool both = n + 1 < args.n_c;
+      if (!grouped) {
+        sum.x *= __half2float(static_cast<const half*>(args.s)[scale_of_channelwise(n)]);
+        sum.y *= __half2float(static_cast<const half*>(args.s)[scale_of_channelwise(n + 1)]);
+      }
+      if (args.bias != nullptr) {
+        sum.x += __half2float(args.bias[n]);
+        if (both) sum.y += __half2float(args.bias[n + 1]);
+      }
       const half2 c = __floats2half2_rn(sum.x, sum.y);
       half* const c_gmem = args.C + m * args.n_c + n;
       if (args.wide_c) {
@@ -593,17 +592,14 @@ Status launch(const Args& args, int grid, bool overlap, cudaStream_t stream) {
   return cudaLaunchKernelEx(&config, kernel, args) == cudaSuccess ? Status::ok : Status::launch_failed;
 }
 
-template <int kIdx>
-Status launch(const Args& args, int grid, bool overlap, bool halves, cudaStream_t stream) {
-  if (halves) return launch<kIdx, true>(args, grid, overlap, stream);
-  return launch<kIdx, false>(args, grid, overlap, stream);
-}
-
 template <int... kIdx>
 Status launch_any(const Args& args, int grid, bool overlap, int tile_idx, bool halves, cudaStream_t stream,
                   std::integer_sequence<int, kIdx...>) {
   Status status = Status::no_config;
-  ((tile_idx == kIdx && (status = launch<kIdx>(args, grid, overlap, halves, stream), true)) || ...);
+  ((tile_idx == kIdx && (status = halves ? launch<kIdx, true>(args, grid, overlap, stream)
+                                         : launch<kIdx, false>(args, grid, overlap, stream),
+                         true)) ||
+   ...);
   return status;
 }
 
