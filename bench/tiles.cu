@@ -104,7 +104,7 @@ void print_tile(const Tile& tile, const Config& config) {
 
 constexpr bool kOverlap = true;  // as shipped
 
-bool fits(const Tile& tile, int M) { return is_measured(tile, M); }
+bool fits(const Tile& tile, int M) { return M <= tile.tokens && is_measured(tile, M); }
 
 // Numbers of CTAs: the most of which each has whole tiles, or each tile an equal part, and all.
 std::vector<Config> ways(const Problem& p, int tile_idx, int num_sms) {
