@@ -152,7 +152,11 @@ __device__ inline uint32_t smem_address(const void* p) { return static_cast<uint
 // x in a register for good: the compiler would rather make it anew, in every turn of the loop.
 template <typename T>
 __device__ inline T made(T x) {
-  asm volatile("" : "+r"(x));
+  if constexpr (sizeof(T) == 8) {
+    asm volatile("" : "+l"(x));
+  } else {
+    asm volatile("" : "+r"(x));
+  }
   return x;
 }
 
@@ -370,6 +374,14 @@ __device__ inline void send(uint32_t address, const float* v, uint32_t barrier) 
 
 __device__ inline void barrier_arrive_remote(uint32_t barrier) {
   asm volatile("mbarrier.arrive.release.cluster.shared::cluster.b64 _, [%0];" ::"r"(barrier) : "memory");
+}
+
+// No branch around it that the compiler would have lanes meet behind; old stays what it is if not.
+__device__ inline void fetch_add_if(bool condition, int& old, int32_t* gmem) {
+  asm volatile("{ .reg .pred p; setp.ne.u32 p, %2, 0; @p atom.relaxed.gpu.global.add.s32 %0, [%1], 1; }"
+               : "+r"(old)
+               : "l"(gmem), "r"(static_cast<uint32_t>(condition))
+               : "memory");
 }
 
 __device__ inline void add_release(int32_t* gmem, int value) {

@@ -57,7 +57,7 @@ struct Tile {
   MARLIN_HD constexpr bool scales_sums() const { return blocks == 4 && tokens <= 32; }
   // Groups of which a stage has several have a kernel of their own. With more tokens and blocks the products hide what they cost.
   MARLIN_HD constexpr bool parts_short_groups() const { return tokens < 128 || blocks == 1; }
-  // Small scales make dequantisation shorter by 3 instructions of 13, which pays up to here. Not where two CTAs would have to
+  // Small scales make dequantisation shorter by 4 instructions of 13, which pays up to here. Not where two CTAs would have to
   // agree whether all is multiplied again.
   MARLIN_HD constexpr bool wants_small() const { return !scales_sums() && blocks > 1 && tokens <= 64 && pair() == 1; }
   MARLIN_HD constexpr int token_blocks() const { return tokens / 8; }
@@ -130,35 +130,35 @@ struct TileCost {
 
 constexpr TileCost kTiles[] = {
     // 16 tokens
-    {{4, 16, 1, 3, 1}, 0.5503f, 1.45f, 0.95f, 0.78f},
+    {{4, 16, 1, 3, 1}, 0.5532f, 1.41f, 1.16f, 0.99f},
     {{1, 16, 1, 2, 2}, 0.2180f, 1.13f, 0.59f, 0.96f},
     // 32
-    {{4, 32, 1, 2, PAIR}, 0.6521f, 0.30f, 1.63f, 1.47f},
-    {{2, 32, 1, 2, 2}, 0.3563f, 1.17f, 0.81f, 1.09f},
+    {{4, 32, 1, 2, PAIR}, 0.6634f, 0.29f, 1.82f, 2.87f},
+    {{2, 32, 1, 2, 2}, 0.3551f, 1.16f, 0.81f, 1.09f},
     {{1, 32, 1, 2, 2}, 0.2484f, 0.49f, 0.47f, 1.65f},
-    {{1, 32, 1, 3, 2}, 0.2021f, 0.62f, 0.52f, 1.89f},
+    {{1, 32, 1, 3, 2}, 0.1979f, 0.63f, 0.52f, 2.01f},
     // 48
-    {{4, 48, 1, 2, 1}, 0.7832f, 0.71f, 4.72f, 0.00f},
-    {{2, 48, 1, 3, 2}, 0.4256f, 1.05f, 0.44f, 1.24f},
-    {{1, 48, 1, 3, 2}, 0.2178f, 0.91f, 0.35f, 1.87f},
+    {{4, 48, 1, 2, 1}, 0.7603f, 0.06f, 4.79f, 0.00f},
+    {{2, 48, 1, 2, 2}, 0.4250f, 1.05f, 0.44f, 1.24f},
+    {{1, 48, 1, 3, 2}, 0.2134f, 0.92f, 0.35f, 1.89f},
     // 64
-    {{4, 64, 1, 2, PAIR}, 0.9366f, 0.39f, 3.85f, 0.00f},
-    {{4, 64, 1, 2, 1}, 1.0028f, 1.06f, 1.63f, 0.00f},
-    {{2, 64, 1, 2, 2}, 0.4851f, 1.92f, 1.44f, 0.42f},
-    {{1, 64, 1, 2, 2}, 0.2536f, 0.89f, 0.67f, 1.75f},
+    {{4, 64, 1, 2, PAIR}, 0.9063f, 0.25f, 3.58f, 0.00f},
+    {{4, 64, 1, 2, 1}, 0.8691f, 0.24f, 5.42f, 0.00f},
+    {{2, 64, 1, 2, 2}, 0.4851f, 1.92f, 0.56f, 0.42f},
+    {{1, 64, 1, 2, 2}, 0.2575f, 0.89f, 0.67f, 1.75f},
     {{1, 64, 1, 3, 1}, 0.2775f, 0.47f, 0.47f, 1.59f},
     // 96
     {{1, 96, 1, 2, 1}, 0.3288f, 1.03f, 0.86f, 0.62f},
-    {{1, 96, 1, 2, 2}, 0.3180f, 1.35f, 1.73f, 1.37f},
-    {{1, 96, 4, 1, 1}, 1.2622f, 0.00f, 5.53f, 0.00f},
+    {{1, 96, 1, 2, 2}, 0.3173f, 1.35f, 1.73f, 1.37f},
+    {{1, 96, 4, 1, 1}, 1.2094f, 0.00f, 6.23f, 0.03f},
+    {{2, 96, 1, 2, 2}, 0.6435f, 2.04f, 1.00f, 1.03f},
     // 128
-    {{2, 128, 1, 2, 1}, 0.8237f, 1.02f, 1.61f, 0.38f},
-    {{2, 128, 2, 1, PAIR}, 1.5894f, 1.06f, 2.21f, 3.69f},
-    {{1, 128, 1, 2, 1}, 0.4211f, 1.06f, 1.09f, 0.13f},
-    {{1, 128, 2, 1, 2}, 0.8124f, 2.02f, 1.00f, 0.83f},
-    {{1, 128, 3, 1, PAIR}, 1.1944f, 1.38f, 1.27f, 0.16f},
-    {{1, 128, 3, 1, 2}, 1.2207f, 2.22f, 1.34f, 0.00f},
-    {{1, 128, 4, 1, PAIR}, 1.5452f, 1.81f, 5.33f, 2.31f},
+    {{2, 128, 1, 2, 1}, 0.8147f, 0.71f, 4.23f, 0.00f},
+    {{2, 128, 2, 1, PAIR}, 1.5755f, 1.78f, 2.45f, 1.20f},
+    {{1, 128, 1, 2, 1}, 0.4208f, 1.06f, 1.09f, 0.13f},
+    {{1, 128, 2, 1, 2}, 0.8101f, 1.98f, 1.00f, 0.98f},
+    {{1, 128, 3, 1, PAIR}, 1.1842f, 1.06f, 2.76f, 0.27f},
+    {{1, 128, 3, 1, 2}, 1.2198f, 2.22f, 1.34f, 0.00f},
 };
 constexpr int kNumTiles = sizeof(kTiles) / sizeof(kTiles[0]);
 
@@ -266,25 +266,26 @@ __device__ inline void dequantise(uint32_t (&left)[4], uint32_t word, uint32_t s
   }
 }
 
-// The same in 10 instructions instead of 13, bit for bit, for scales below 2^-5. A subnormal fp16 is its bits times 2^-24, and
-// so is what lies below 2^-13: q << 3 is q 2^-21 and q << 7 is q 2^-17. One FMA makes s q - 8 s of it, rounded once as s (q - 8)
-// is. 2^21 s must not overflow: of a larger scale Inf and NaN come out.
+// An eighth of the same in 9 instructions instead of 13, for scales from 2^-11 to below 2^-5; bit for bit, as an eighth of a
+// normal FP16 number is exact. A subnormal one is its bits times 2^-24: q is q 2^-24 and q << 4 is q 2^-20. One FMA makes
+// (s q - 8 s) / 8 of it, rounded once as s (q - 8) is. 2^21 s must not overflow: of a larger scale Inf and NaN come out.
 struct SmallScales {
-  half2 times21, times17, times_8;  // 2^21 s, 2^17 s, -8 s
+  static constexpr float LEAST = 0x1p-11f;
+  static constexpr float INVERSE = 8;
+  half2 times21, times17, minus;  // 2^21 s, 2^17 s, -s
   __device__ void set(uint32_t scales) {
-    const half2 s = as_half2(scales), s13 = __hmul2(s, as_half2(0x70007000));
-    times21 = __hmul2(s13, as_half2(0x5c005c00));
-    times17 = __hmul2(s13, as_half2(0x4c004c00));
-    times_8 = __hmul2(s, as_half2(0xc800c800));
+    const half2 s = as_half2(scales), s15 = __hmul2(s, as_half2(0x78007800));
+    times21 = __hmul2(s15, as_half2(0x54005400));
+    times17 = __hmul2(s15, as_half2(0x44004400));
+    minus = __hneg2(s);
   }
 };
 __device__ inline void dequantise_small(uint32_t (&left)[4], uint32_t word, const SmallScales& s) {
 #pragma unroll
-  for (int r = 0; r < 2; ++r) {
+  for (int r = 0; r < 2; ++r, word >>= 8) {
     auto of_r = [&](half2 pair) { return r == 0 ? __low2half2(pair) : __high2half2(pair); };
-    const uint32_t bits = r == 0 ? word << 3 : word >> 5;
-    left[r] = as_bits(__hfma2(as_half2(bits & 0x00780078), of_r(s.times21), of_r(s.times_8)));
-    left[r + 2] = as_bits(__hfma2(as_half2(bits & 0x07800780), of_r(s.times17), of_r(s.times_8)));
+    left[r] = as_bits(__hfma2(as_half2(word & 0x000f000f), of_r(s.times21), of_r(s.minus)));
+    left[r + 2] = as_bits(__hfma2(as_half2(word & 0x00f000f0), of_r(s.times17), of_r(s.minus)));
   }
 }
 
@@ -302,6 +303,7 @@ struct Args {
   int stripes;                                               // clusters that have one
   int stripe;                                                // stages of it ...
   int longer;                                                // ... and one more for this many first ones
+  int clusters;                                              // of the grid
   int group_shift;                                           // rows of scales: STAGE_K >> shift in a stage, or ...
   int group_stages;                                          // ... one in this many stages; 0 for channelwise
   uint64_t per_k_stages, per_token_tiles, per_group_stages;  // see `quotient`
@@ -441,7 +443,7 @@ __global__ void __cluster_dims__(kCluster == 1 ? 1 : 2) __launch_bounds__(128 * 
   if constexpr (kCtas > 1) asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");
   launch_dependents();
 
-  const int clusters = gridDim.x / kCtas;
+  const int clusters = args.clusters;
   Segment segment;
   auto corner_of_segment = [&] {
     Corner corner = corner_of(args, segment.tile, kFeatures * kPair, kTokens);
@@ -478,6 +480,7 @@ __global__ void __cluster_dims__(kCluster == 1 ? 1 : 2) __launch_bounds__(128 * 
         }
       }
       const int first = kSplit > 1 ? rank : 0;
+#pragma unroll(kBlocks > 1 && kTeams == 2 ? 1 : 4)  // measured: 1 to 3% either way
       for (int k = segment.begin * kSplit + first; k < segment.end * kSplit; k += kSplit) {
         barrier_wait(empty + 8 * stage, parity);
         const uint32_t a_smem = ring + stage * (kABytes + kBBytes), done = full + 8 * stage;
@@ -529,6 +532,7 @@ __global__ void __cluster_dims__(kCluster == 1 ? 1 : 2) __launch_bounds__(128 * 
   uint32_t left[2][kBlocks][4];                        // (buffers, m64 blocks, registers)
   uint32_t words[2][kBlocks];                          // of this step and the next
   uint32_t s_frag[kBlocks];                            // scales of 32 rows: pairs for features g and g + 8
+  half2 least = as_half2(0x7c007c00);                  // of those taken for small ones
 
   int stage = team, parity = 0;  // this team's next one
   int behind = team;             // and how many stages it lies behind the segment's begin
@@ -599,7 +603,10 @@ __global__ void __cluster_dims__(kCluster == 1 ? 1 : 2) __launch_bounds__(128 * 
     SmallScales small[kBlocks];
     auto set_small = [&] {
 #pragma unroll
-      for (int i = 0; i < kBlocks && kSmall; ++i) small[i].set(s_frag[i]);
+      for (int i = 0; i < kBlocks && kSmall; ++i) {
+        small[i].set(s_frag[i]);
+        least = __hmin2(least, __habs2(as_half2(s_frag[i])));
+      }
     };
     set_small();
 #pragma unroll
@@ -614,9 +621,9 @@ __global__ void __cluster_dims__(kCluster == 1 ? 1 : 2) __launch_bounds__(128 * 
       }
       if (kScalesSums && step == 0) add_scaled();  // of the stage before
       wgmma_fence();
+      const uint64_t right = tokens_descriptor(tokens + 2 * (step % 4) + step / 4 * (kABox / 16));
 #pragma unroll
       for (int i = 0; i < kBlocks; ++i) {
-        const uint64_t right = tokens_descriptor(tokens + 2 * (step % 4) + step / 4 * (kABox / 16));
         if constexpr (!kScalesSums) {
           wgmma<kTokens, true>(acc[i], left[step % 2][i], right);
         } else if (step == 0) {
@@ -655,6 +662,7 @@ __global__ void __cluster_dims__(kCluster == 1 ? 1 : 2) __launch_bounds__(128 * 
   const int mine_first = kSplit > 1 ? rank * kMine : 0;  // of a team's
   const int mine_blocks = kSplit == 1 || rank == 0 ? kMine : kOwn - kMine;
   int inbox_parity = 0;
+  float unscale = 1;  // of sums with small scales
   bool first_tile = true;
   auto reduce = [&] {
     const int peer = rank ^ 1, me = made(team);
@@ -672,7 +680,9 @@ __global__ void __cluster_dims__(kCluster == 1 ? 1 : 2) __launch_bounds__(128 * 
       }
     }
     // Of this team's token block j, m64 block i. What is sent first is on its way while the rest is added up.
-    auto keep_or_send = [&](int j, int i, const float* sum) {
+    auto keep_or_send = [&](int j, int i, float* sum) {
+#pragma unroll
+      for (int e = 0; e < 4 && kTile.wants_small(); ++e) sum[e] *= unscale;
       if (kSplit > 1 && (j < kMine) != (rank == 0)) {
         send(peer_mail + (j % kMine * kBlocks + i) * (kConsumers * 16), sum, peer_full);
       } else {
@@ -858,11 +868,12 @@ __global__ void __cluster_dims__(kCluster == 1 ? 1 : 2) __launch_bounds__(128 * 
     const bool shared = count < args.k_stages;
     const int unit0 = (segment.tile - args.whole_tiles) * args.k_stages;  // of the tile, if it is shared
     const int lock = 2 * (shared ? cluster_of(unit0) * kCtas + rank : 0);
-    // Who comes last to the end of his part, bar a few stages, sums them all: it waits for those that came before, which
-    // wait for nobody. Drawn that early, the ticket is there when it is needed.
-    auto draw_ticket = [&] {
-      if (ticket < 0 && shared && threadIdx.x == 0) ticket = atomicAdd(args.locks + lock, 1);
-    };
+    // Who comes last to the end of his part, bar two of thread 0's stages, sums them all: it waits for those that came before,
+    // which wait for nobody. Drawn that early, the ticket is there when it is needed. Once, also if all is multiplied again.
+    const bool draws = shared && ticket < 0 && threadIdx.x == 0;
+    const int turns = (count - behind + kTeams - 1) / kTeams;  // that this team has
+    const int draws_at = draws ? behind + max(turns - 2, 0) * kTeams : -1;
+    int32_t* const counter = made(args.locks + lock);
 
     zero(acc);
     if constexpr (kScalesSums) {
@@ -877,7 +888,7 @@ __global__ void __cluster_dims__(kCluster == 1 ? 1 : 2) __launch_bounds__(128 * 
     }
     auto multiply_stages = [&](auto small_scales) {
       for (; behind < count; behind += kTeams) {
-        if (behind + 2 * kTeams >= count) draw_ticket();
+        fetch_add_if(behind == draws_at, ticket, counter);
         int next_stage = stage + kTeams, next_parity = parity;
         if (next_stage >= kStages) next_stage -= kStages, next_parity ^= 1;
         multiply_stage(small_scales, next_stage, next_parity, behind + kTeams >= count);
@@ -893,7 +904,7 @@ __global__ void __cluster_dims__(kCluster == 1 ? 1 : 2) __launch_bounds__(128 * 
       multiply_stages(std::false_type());
     }
     if constexpr (kScalesSums) add_scaled();
-    draw_ticket();
+    fetch_add_if(draws && turns <= 0, ticket, counter);
     wgmma_wait<0>();
     hide(acc);  // not read before the wait
     release(to_release);
@@ -901,7 +912,8 @@ __global__ void __cluster_dims__(kCluster == 1 ? 1 : 2) __launch_bounds__(128 * 
     behind -= count;
     if (large == 0) {
       large = 1;
-      bool odd = false;  // Inf and NaN have all bits of the exponent set
+      bool odd = __low2float(least) < SmallScales::LEAST || __high2float(least) < SmallScales::LEAST;
+      // Inf and NaN have all bits of the exponent set.
 #pragma unroll
       for (int i = 0; i < kBlocks; ++i)
         odd |= (~__float_as_uint(acc[i][0]) & 0x7f800000) == 0 || (~__float_as_uint(acc[i][2]) & 0x7f800000) == 0;
@@ -912,6 +924,7 @@ __global__ void __cluster_dims__(kCluster == 1 ? 1 : 2) __launch_bounds__(128 * 
         walk = Walk(args, cluster);
         continue;
       }
+      unscale = SmallScales::INVERSE;
     }
 
     const Corner corner = corner_of_segment();
@@ -1063,8 +1076,8 @@ Status run_sm90(const Problem& p, const Config& config, bool overlap, int32_t* l
   args.per_k_stages = ceil_div(int64_t{1} << 56, stages);
   args.per_token_tiles = ceil_div(int64_t{1} << 32, token_tiles);
   args.stripes = config.stripes;
-  args.whole_tiles =
-      static_cast<int>(config.stripes == 0 ? tiles : tiles / (config.grid / tile.ctas()) * (config.grid / tile.ctas()));
+  args.clusters = config.grid / tile.ctas();
+  args.whole_tiles = static_cast<int>(config.stripes == 0 ? tiles : tiles / args.clusters * args.clusters);
   if (config.stripes > 0) {
     const int64_t units = (tiles - args.whole_tiles) * stages;
     args.stripe = static_cast<int>(units / config.stripes);
