@@ -3,14 +3,17 @@
 // Includes csrc/marlin_sm90.cu with -DSM90, csrc/marlin_sm90_few.cu with -DSM90_FEW, else csrc/marlin_sm80.cu, to reach all of
 // its table. bench/tiles.py compiles it, runs it, and fits. Prints a line for each K, N, M, tile and way to deal it out:
 // K,N,M,tile, the columns that print_tile writes, us. Weights are cold: a graph of launches goes round copies of 256 MB or
-// more in all. Of each timed product 1024 elements are compared with float64.
+// more in all. Of each timed product 1024 elements are compared with float64. With arguments, K,N,M or K,N,M,tile_idx each,
+// only these are timed: for variants of a kernel file, whose path -DSOURCE="file.cu" gives.
 #include <algorithm>
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
 #include <vector>
 
-#ifdef SM90
+#ifdef SOURCE
+#include SOURCE
+#elif defined(SM90)
 #include "../csrc/marlin_sm90.cu"
 #elif defined(SM90_FEW)
 #include "../csrc/marlin_sm90_few.cu"
@@ -173,11 +176,38 @@ struct Timed {
   std::vector<float> us;
 };
 
-int run() {
+struct Size {
+  int K, N, M;
+  int tile_idx = -1;  // -1: all that fit
+};
+
+// What the arguments ask for, or all that the constants are fitted to.
+std::vector<Size> sizes_of(int argc, char** argv) {
   constexpr int kShapes[][2] = {{4096, 4096},  {4096, 6144}, {4096, 28672}, {14336, 4096}, {8192, 8192}, {8192, 57344},
                                 {28672, 8192}, {1024, 1024}, {1024, 4096},  {4096, 1024},  {2048, 2048}};
   constexpr int kTokens[] = {1, 8, 16, 32, 48, 64, 96, 128, 256, 512, 1024, 2048, 4096, 8192};
+  std::vector<Size> sizes;
+  for (int i = 1; i < argc; ++i) {
+    Size size;
+    if (std::sscanf(argv[i], "%d,%d,%d,%d", &size.K, &size.N, &size.M, &size.tile_idx) < 3) {
+      std::fprintf(stderr, "tiles: %s is neither K,N,M nor K,N,M,tile_idx\n", argv[i]);
+      std::exit(2);
+    }
+    sizes.push_back(size);
+  }
+  if (argc > 1) return sizes;
+  for (const auto& [K, N] : kShapes) {
+    for (const int M : kTokens) {
+      // Small layers tell the two Hopper kernels apart; few tokens will do.
+      if (K * N >= 4096 * 4096 || (kOverlap && M <= 128)) sizes.push_back({K, N, M});
+    }
+  }
+  return sizes;
+}
+
+int run(const std::vector<Size>& sizes) {
   constexpr size_t kWords = size_t{200} << 20, kScales = size_t{32} << 20, kLocks = size_t{1} << 20;
+  constexpr size_t kPartials = size_t{64} << 20, kSizeA = size_t{8192} * 28672, kSizeC = size_t{8192} * 57344;
   int num_sms = 0, smem_bytes = 0;
   check(cudaDeviceGetAttribute(&num_sms, cudaDevAttrMultiProcessorCount, 0));
   check(cudaDeviceGetAttribute(&smem_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, 0));
@@ -188,82 +218,87 @@ int run() {
   check(cudaEventCreate(&end));
   uint32_t* const words = allocate<uint32_t>(kWords);
   half* const scales = allocate<half>(kScales);
-  half* const A = allocate<half>(size_t{8192} * 28672);
-  half* const C = allocate<half>(size_t{8192} * 57344);
+  half* const A = allocate<half>(kSizeA);
+  half* const C = allocate<half>(kSizeC);
   int32_t* const locks = allocate<int32_t>(kLocks);
-  float* const partials = allocate<float>(size_t{64} << 20);
+  float* const partials = allocate<float>(kPartials);
   double* const sums = allocate<double>(2);
   check(cudaMemsetAsync(locks, 0, kLocks * sizeof(int32_t), stream));
   fill_words<<<1024, 256, 0, stream>>>(words, kWords);
   fill_halves<<<1024, 256, 0, stream>>>(scales, kScales, 2, 0.002f, 0.012f);
-  fill_halves<<<1024, 256, 0, stream>>>(A, size_t{8192} * 28672, 3, -1.0f, 1.0f);
+  fill_halves<<<1024, 256, 0, stream>>>(A, kSizeA, 3, -1.0f, 1.0f);
 
-  for (const auto& [K, N] : kShapes) {
-    for (const int M : kTokens) {
-      // Small layers tell the two Hopper kernels apart; few tokens will do.
-      if (K * N < 4096 * 4096 && (!kOverlap || M > 128)) continue;
-      const size_t copy_words = size_t{1} * K * N / 8, copy_scales = size_t{1} * K / kGroup * N;
-      const int launches = M >= 1024 ? 2 : static_cast<int>(std::max<size_t>(2, kColdBytes / (4 * copy_words) + 1));
-      std::vector<Timed> timed;
-      for (int i = 0; i < kNumTiles; ++i) {
-        const Tile& tile = kTiles[i].tile;
-        if (!fits(tile, M) || tile.smem_bytes() > smem_bytes) continue;
-        Problem p{A, words, scales, nullptr, C, M, N, K, K, N, K, kGroup, DType::f16};
-        Config before;
-        for (const Config& config : ways(p, i, num_sms)) {
-          if (config.grid == before.grid && config.stripes == before.stripes) continue;  // small layers have one way
-          before = config;
-          check(cudaMemsetAsync(C, 0xff, size_t{2} * M * N, stream));  // NaN
-          cudaGraph_t graph;
-          Timed each{i, config};
-          check(cudaStreamBeginCapture(stream, cudaStreamCaptureModeGlobal));
-          for (int copy = 0; copy < launches; ++copy) {
-            p.B = words + copy * copy_words;
-            p.s = scales + copy * copy_scales;
-            if (run_tile(p, config, locks, partials, stream) != Status::ok) return 1;
-          }
-          check(cudaStreamEndCapture(stream, &graph));
-          check(cudaGraphInstantiate(&each.replay, graph, 0));
-          check(cudaGraphDestroy(graph));
-          check(cudaEventRecord(begin, stream));
-          check(cudaGraphLaunch(each.replay, stream));
-          check(cudaEventRecord(end, stream));
-          double host_sums[2];
-          check(cudaMemsetAsync(sums, 0, sizeof(host_sums), stream));
-          compare<<<kSamples, 128, 0, stream>>>(p, sums);
-          check(cudaMemcpyAsync(host_sums, sums, sizeof(host_sums), cudaMemcpyDeviceToHost, stream));
-          check(cudaStreamSynchronize(stream));
-          check(cudaEventElapsedTime(&each.ms, begin, end));
-          if (!(std::sqrt(host_sums[0] / host_sums[1]) <= kErrLimit)) {
-            std::fprintf(stderr, "tiles: tile %d is wrong at K=%d, N=%d, M=%d, %d CTAs\n", i, K, N, M, config.grid);
+  for (const auto& [K, N, M, tile_idx] : sizes) {
+    const size_t copy_words = size_t{1} * K * N / 8, copy_scales = size_t{1} * K / kGroup * N;
+    const int launches = M >= 1024 ? 2 : static_cast<int>(std::max<size_t>(2, kColdBytes / (4 * copy_words) + 1));
+    if (size_t{1} * M * K > kSizeA || size_t{1} * M * N > kSizeC || launches * copy_words > kWords) {
+      std::fprintf(stderr, "tiles: K=%d, N=%d, M=%d is more than there is memory set aside for\n", K, N, M);
+      return 1;
+    }
+    std::vector<Timed> timed;
+    for (int i = 0; i < kNumTiles; ++i) {
+      const Tile& tile = kTiles[i].tile;
+      if (tile_idx >= 0 ? i != tile_idx : !fits(tile, M)) continue;
+      if (tile.smem_bytes() > smem_bytes) continue;
+      Problem p{A, words, scales, nullptr, C, M, N, K, K, N, K, kGroup, DType::f16};
+      Config before;
+      for (const Config& config : ways(p, i, num_sms)) {
+        if (config.grid == before.grid && config.stripes == before.stripes) continue;  // small layers have one way
+        before = config;
+        check(cudaMemsetAsync(C, 0xff, size_t{2} * M * N, stream));  // NaN
+        cudaGraph_t graph;
+        Timed each{i, config};
+        check(cudaStreamBeginCapture(stream, cudaStreamCaptureModeGlobal));
+        for (int copy = 0; copy < launches; ++copy) {
+          p.B = words + copy * copy_words;
+          p.s = scales + copy * copy_scales;
+          const Status status = run_tile(p, config, locks, partials, stream);
+          if (status != Status::ok) {
+            std::fprintf(stderr, "tiles: tile %d at K=%d, N=%d, M=%d: %s\n", i, K, N, M, status_text(status));
             return 1;
           }
-          timed.push_back(each);
         }
-      }
-      // In turns, each after a while of its own: the chip is as warm, and its clock as low, as in use.
-      for (int turn = 0; turn < (M > 128 ? 3 : 9); ++turn) {
-        for (Timed& each : timed) {
-          float ms = 0;
-          do {
-            check(cudaGraphLaunch(each.replay, stream));
-            ms += each.ms;
-          } while (M > 128 && ms < kWarmMs);
-          check(cudaEventRecord(begin, stream));
-          check(cudaGraphLaunch(each.replay, stream));
-          check(cudaEventRecord(end, stream));
-          check(cudaStreamSynchronize(stream));
-          check(cudaEventElapsedTime(&ms, begin, end));
-          each.us.push_back(ms * 1e3f / launches);
+        check(cudaStreamEndCapture(stream, &graph));
+        check(cudaGraphInstantiate(&each.replay, graph, 0));
+        check(cudaGraphDestroy(graph));
+        check(cudaEventRecord(begin, stream));
+        check(cudaGraphLaunch(each.replay, stream));
+        check(cudaEventRecord(end, stream));
+        double host_sums[2];
+        check(cudaMemsetAsync(sums, 0, sizeof(host_sums), stream));
+        compare<<<kSamples, 128, 0, stream>>>(p, sums);
+        check(cudaMemcpyAsync(host_sums, sums, sizeof(host_sums), cudaMemcpyDeviceToHost, stream));
+        check(cudaStreamSynchronize(stream));
+        check(cudaEventElapsedTime(&each.ms, begin, end));
+        if (!(std::sqrt(host_sums[0] / host_sums[1]) <= kErrLimit)) {
+          std::fprintf(stderr, "tiles: tile %d is wrong at K=%d, N=%d, M=%d, %d CTAs\n", i, K, N, M, config.grid);
+          return 1;
         }
+        timed.push_back(each);
       }
+    }
+    // In turns, each after a while of its own: the chip is as warm, and its clock as low, as in use.
+    for (int turn = 0; turn < (M > 128 ? 3 : 9); ++turn) {
       for (Timed& each : timed) {
-        check(cudaGraphExecDestroy(each.replay));
-        std::sort(each.us.begin(), each.us.end());
-        std::printf("%d,%d,%d,", K, N, M);
-        print_tile(kTiles[each.tile_idx].tile, each.config);
-        std::printf(",%.2f\n", each.us[each.us.size() / 2]);
+        float ms = 0;
+        do {
+          check(cudaGraphLaunch(each.replay, stream));
+          ms += each.ms;
+        } while (M > 128 && ms < kWarmMs);
+        check(cudaEventRecord(begin, stream));
+        check(cudaGraphLaunch(each.replay, stream));
+        check(cudaEventRecord(end, stream));
+        check(cudaStreamSynchronize(stream));
+        check(cudaEventElapsedTime(&ms, begin, end));
+        each.us.push_back(ms * 1e3f / launches);
       }
+    }
+    for (Timed& each : timed) {
+      check(cudaGraphExecDestroy(each.replay));
+      std::sort(each.us.begin(), each.us.end());
+      std::printf("%d,%d,%d,", K, N, M);
+      print_tile(kTiles[each.tile_idx].tile, each.config);
+      std::printf(",%.2f\n", each.us[each.us.size() / 2]);
     }
   }
   return 0;
@@ -272,4 +307,4 @@ int run() {
 }  // namespace
 }  // namespace marlin
 
-int main() { return marlin::run(); }
+int main(int argc, char** argv) { return marlin::run(marlin::sizes_of(argc, argv)); }
