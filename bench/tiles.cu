@@ -189,8 +189,9 @@ std::vector<Size> sizes_of(int argc, char** argv) {
   std::vector<Size> sizes;
   for (int i = 1; i < argc; ++i) {
     Size size;
-    if (std::sscanf(argv[i], "%d,%d,%d,%d", &size.K, &size.N, &size.M, &size.tile_idx) < 3) {
-      std::fprintf(stderr, "tiles: %s is neither K,N,M nor K,N,M,tile_idx\n", argv[i]);
+    const int num_read = std::sscanf(argv[i], "%d,%d,%d,%d", &size.K, &size.N, &size.M, &size.tile_idx);
+    if (num_read < 3 || std::min({size.K, size.N, size.M}) < 1 || size.tile_idx >= kNumTiles) {
+      std::fprintf(stderr, "tiles: %s is neither K,N,M nor K,N,M,tile_idx of %d tiles\n", argv[i], kNumTiles);
       std::exit(2);
     }
     sizes.push_back(size);
@@ -245,6 +246,10 @@ int run(const std::vector<Size>& sizes) {
       for (const Config& config : ways(p, i, num_sms)) {
         if (config.grid == before.grid && config.stripes == before.stripes) continue;  // small layers have one way
         before = config;
+        if (config.num_locks > static_cast<int>(kLocks) || config.num_partials > static_cast<int64_t>(kPartials)) {
+          std::fprintf(stderr, "tiles: tile %d at K=%d, N=%d, M=%d wants more scratch than there is\n", i, K, N, M);
+          return 1;
+        }
         check(cudaMemsetAsync(C, 0xff, size_t{2} * M * N, stream));  // NaN
         cudaGraph_t graph;
         Timed each{i, config};
