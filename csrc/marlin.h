@@ -319,6 +319,9 @@ __device__ inline void copy_box_to_both(uint32_t smem, const CUtensorMap& map, i
       : "memory");
 }
 
+// Whole warps; nothing is published that way.
+__device__ inline void cluster_arrive() { asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory"); }
+
 // Until all CTAs of the cluster have arrived there.
 __device__ inline void cluster_wait() { asm volatile("barrier.cluster.wait.acquire;" ::: "memory"); }
 

@@ -29,10 +29,14 @@ namespace {
 constexpr int STEPS = 8;                 // k16 steps in a stage
 constexpr int STAGE_K = TILE_K * STEPS;  // rows of the weight in it
 constexpr int STAGES = 8;                // of the ring at most, but for the multiple of the teams
+constexpr int ENOUGH_STAGES = 6;         // to hide what a copy takes
+constexpr int FIRST_STAGES = 4;          // asked for at once at the start: more only delay the first
 constexpr int MIN_GROUP = 32;            // rows that certainly share a scale
 constexpr int SMEM_BYTES = 232448;       // that a CTA may use on sm_90
 constexpr int MAX_K = 1 << 22;           // up to which `quotient` is exact
 constexpr int BAND = 16;                 // token tiles that are worked off together
+constexpr int MOST_EXCHANGE =
+    24576;                        // bytes that the teams' exchange may take from the ring where it needs several rounds
 constexpr int PATCH_PITCH = 144;  // bytes of 64 features of C on their way, and 16 that spread tokens over all banks
 
 constexpr int PAIR = -2;  // see Tile::cluster
@@ -57,9 +61,11 @@ struct Tile {
   MARLIN_HD constexpr bool scales_sums() const { return blocks == 4 && tokens <= 32; }
   // Groups of which a stage has several have a kernel of their own. With more tokens and blocks the products hide what they cost.
   MARLIN_HD constexpr bool parts_short_groups() const { return tokens < 128 || blocks == 1; }
-  // Small scales make dequantisation shorter by 4 instructions of 13, which pays up to here. Not where two CTAs would have to
-  // agree whether all is multiplied again.
-  MARLIN_HD constexpr bool wants_small() const { return !scales_sums() && blocks > 1 && tokens <= 64 && pair() == 1; }
+  // Small scales make dequantisation shorter by 4 instructions of 13, which pays up to here: with 128 tokens it costs 1 to 5%
+  // where power decides. The other tiles of 96 lack the registers.
+  MARLIN_HD constexpr bool wants_small() const {
+    return !scales_sums() && tokens <= (blocks == 1 && groups == 1 ? 96 : 64);
+  }
   MARLIN_HD constexpr int token_blocks() const { return tokens / 8; }
   MARLIN_HD constexpr int own_blocks() const { return (token_blocks() + teams - 1) / teams; }  // after the teams' sum
   MARLIN_HD constexpr int mine_blocks() const { return (own_blocks() + split() - 1) / split(); }  // after the cluster's
@@ -76,16 +82,21 @@ struct Tile {
   MARLIN_HD constexpr int patches_bytes(int tokens) const { return consumers() / 32 / mates() * tokens * PATCH_PITCH; }
   MARLIN_HD constexpr int least_scratch_bytes() const {
     int at_once = blocks;
-    while (at_once > 1 && exchange_bytes(at_once) > 24576) at_once /= 2;
+    while (at_once > 1 && exchange_bytes(at_once) > MOST_EXCHANGE) at_once /= 2;
     return exchange_bytes(at_once) > patches_bytes(8) ? exchange_bytes(at_once) : patches_bytes(8);
   }
-  // What is on its way from memory must outweigh what the teams are working on; more than STAGES only delay the first.
   // A multiple of the teams: each place of the ring is then one team's. Two that take turns at it would be two phases of its
   // barrier apart when data come late, and a parity cannot tell the next phase from the one before the last.
-  MARLIN_HD constexpr int stages() const {
-    const int fit = (SMEM_BYTES - 2048 - least_scratch_bytes() - inbox_bytes()) / stage_bytes();
+  MARLIN_HD constexpr int stages_beside(int scratch) const {
+    const int fit = (SMEM_BYTES - 2048 - scratch - inbox_bytes()) / stage_bytes() / teams;
     const int turns = (STAGES + teams - 1) / teams;
-    return teams * (fit / teams < turns ? fit / teams : turns);
+    return teams * (fit < turns ? fit : turns);
+  }
+  // What is on its way from memory must outweigh what the teams are working on; more than STAGES only delay the first. Where
+  // ENOUGH_STAGES do, the teams' sums are exchanged in one round.
+  MARLIN_HD constexpr int stages() const {
+    const int with_room = stages_beside(exchange_bytes(own_blocks() * blocks));
+    return with_room >= ENOUGH_STAGES ? with_room : stages_beside(least_scratch_bytes());
   }
   // What the ring leaves: the fewer rounds, the fewer barriers at a tile's end.
   MARLIN_HD constexpr int spare_bytes() const { return SMEM_BYTES - 2048 - inbox_bytes() - stages() * stage_bytes(); }
@@ -99,8 +110,13 @@ struct Tile {
     while (patches_bytes(tokens) > spare_bytes()) tokens -= 8;
     return tokens;
   }
+  // Patches behind what the teams exchange, where there is room for both: one barrier less.
+  MARLIN_HD constexpr int patches_at() const {
+    const int exchange = exchange_bytes(exchange_at_once());
+    return exchange + patches_bytes(patch_tokens()) <= spare_bytes() ? exchange : 0;
+  }
   MARLIN_HD constexpr int scratch_bytes() const {
-    const int exchange = exchange_bytes(exchange_at_once()), patches = patches_bytes(patch_tokens());
+    const int exchange = exchange_bytes(exchange_at_once()), patches = patches_at() + patches_bytes(patch_tokens());
     return exchange > patches ? exchange : patches;
   }
   // Registers of a thread: what the launch gives all alike, and what producer and consumers have where that is too little.
@@ -130,35 +146,32 @@ struct TileCost {
 
 constexpr TileCost kTiles[] = {
     // 16 tokens
-    {{4, 16, 1, 3, 1}, 0.5532f, 1.41f, 1.16f, 0.99f},
-    {{1, 16, 1, 2, 2}, 0.2180f, 1.13f, 0.59f, 0.96f},
+    {{4, 16, 1, 3, 1}, 0.5560f, 1.67f, 1.24f, 1.06f},
+    {{1, 16, 1, 2, 2}, 0.2155f, 1.15f, 0.49f, 0.97f},
     // 32
-    {{4, 32, 1, 2, PAIR}, 0.6634f, 0.29f, 1.82f, 2.87f},
-    {{2, 32, 1, 2, 2}, 0.3551f, 1.16f, 0.81f, 1.09f},
-    {{1, 32, 1, 2, 2}, 0.2484f, 0.49f, 0.47f, 1.65f},
-    {{1, 32, 1, 3, 2}, 0.1979f, 0.63f, 0.52f, 2.01f},
+    {{4, 32, 1, 2, PAIR}, 0.5998f, 0.30f, 1.99f, 3.29f},
+    {{2, 32, 1, 2, 2}, 0.3507f, 1.16f, 0.81f, 1.07f},
+    {{1, 32, 1, 2, 2}, 0.2484f, 0.49f, 0.42f, 1.65f},
+    {{1, 32, 1, 3, 2}, 0.1972f, 0.57f, 0.52f, 1.98f},
     // 48
-    {{4, 48, 1, 2, 1}, 0.7603f, 0.06f, 4.79f, 0.00f},
-    {{2, 48, 1, 2, 2}, 0.4250f, 1.05f, 0.44f, 1.24f},
-    {{1, 48, 1, 3, 2}, 0.2134f, 0.92f, 0.35f, 1.89f},
+    {{4, 48, 1, 2, PAIR}, 0.7495f, 0.11f, 2.44f, 0.14f},
+    {{2, 48, 1, 2, 2}, 0.4233f, 1.05f, 0.44f, 1.24f},
+    {{1, 48, 1, 3, 2}, 0.2054f, 0.92f, 0.33f, 1.89f},
     // 64
-    {{4, 64, 1, 2, PAIR}, 0.9063f, 0.25f, 3.58f, 0.00f},
-    {{4, 64, 1, 2, 1}, 0.8691f, 0.24f, 5.42f, 0.00f},
-    {{2, 64, 1, 2, 2}, 0.4851f, 1.92f, 0.56f, 0.42f},
-    {{1, 64, 1, 2, 2}, 0.2575f, 0.89f, 0.67f, 1.75f},
-    {{1, 64, 1, 3, 1}, 0.2775f, 0.47f, 0.47f, 1.59f},
+    {{4, 64, 1, 2, 1}, 0.8690f, 0.21f, 4.18f, 0.14f},
+    {{2, 64, 1, 2, 2}, 0.4724f, 1.92f, 0.94f, 0.40f},
+    {{1, 64, 1, 2, 2}, 0.2482f, 0.89f, 0.67f, 1.75f},
+    {{1, 64, 1, 3, 1}, 0.2686f, 0.47f, 0.47f, 1.59f},
     // 96
-    {{1, 96, 1, 2, 1}, 0.3288f, 1.03f, 0.86f, 0.62f},
-    {{1, 96, 1, 2, 2}, 0.3173f, 1.35f, 1.73f, 1.37f},
-    {{1, 96, 4, 1, 1}, 1.2094f, 0.00f, 6.23f, 0.03f},
-    {{2, 96, 1, 2, 2}, 0.6435f, 2.04f, 1.00f, 1.03f},
+    {{1, 96, 1, 2, 1}, 0.3261f, 1.01f, 0.86f, 0.59f},
+    {{1, 96, 1, 2, 2}, 0.3152f, 1.35f, 1.73f, 1.37f},
+    {{1, 96, 4, 1, 1}, 1.1886f, 0.03f, 7.16f, 0.01f},
     // 128
-    {{2, 128, 1, 2, 1}, 0.8147f, 0.71f, 4.23f, 0.00f},
-    {{2, 128, 2, 1, PAIR}, 1.5755f, 1.78f, 2.45f, 1.20f},
-    {{1, 128, 1, 2, 1}, 0.4208f, 1.06f, 1.09f, 0.13f},
-    {{1, 128, 2, 1, 2}, 0.8101f, 1.98f, 1.00f, 0.98f},
-    {{1, 128, 3, 1, PAIR}, 1.1842f, 1.06f, 2.76f, 0.27f},
-    {{1, 128, 3, 1, 2}, 1.2198f, 2.22f, 1.34f, 0.00f},
+    {{2, 128, 1, 2, 1}, 0.8159f, 0.79f, 4.23f, 0.41f},
+    {{2, 128, 2, 1, PAIR}, 1.5778f, 1.97f, 2.24f, 0.96f},
+    {{1, 128, 1, 2, 1}, 0.4193f, 1.06f, 1.06f, 0.10f},
+    {{1, 128, 3, 1, PAIR}, 1.1887f, 0.79f, 3.90f, 0.02f},
+    {{1, 128, 3, 1, 2}, 1.2199f, 2.23f, 1.34f, 0.41f},
 };
 constexpr int kNumTiles = sizeof(kTiles) / sizeof(kTiles[0]);
 
@@ -268,24 +281,25 @@ __device__ inline void dequantise(uint32_t (&left)[4], uint32_t word, uint32_t s
 
 // An eighth of the same in 9 instructions instead of 13, for scales from 2^-11 to below 2^-5; bit for bit, as an eighth of a
 // normal FP16 number is exact. A subnormal one is its bits times 2^-24: q is q 2^-24 and q << 4 is q 2^-20. One FMA makes
-// (s q - 8 s) / 8 of it, rounded once as s (q - 8) is. 2^21 s must not overflow: of a larger scale Inf and NaN come out.
+// (s q - 8 s) / 8 of it, rounded once as s (q - 8) is; 2^21 s must not overflow.
 struct SmallScales {
   static constexpr float LEAST = 0x1p-11f;
+  static constexpr float LIMIT = 0x1p-5f;
   static constexpr float INVERSE = 8;
-  half2 times21, times17, minus;  // 2^21 s, 2^17 s, -s
+  half2 s, times21, times17;  // 2^21 s, 2^17 s
   __device__ void set(uint32_t scales) {
-    const half2 s = as_half2(scales), s15 = __hmul2(s, as_half2(0x78007800));
+    s = as_half2(scales);
+    const half2 s15 = __hmul2(s, as_half2(0x78007800));
     times21 = __hmul2(s15, as_half2(0x54005400));
     times17 = __hmul2(s15, as_half2(0x44004400));
-    minus = __hneg2(s);
   }
 };
 __device__ inline void dequantise_small(uint32_t (&left)[4], uint32_t word, const SmallScales& s) {
 #pragma unroll
   for (int r = 0; r < 2; ++r, word >>= 8) {
     auto of_r = [&](half2 pair) { return r == 0 ? __low2half2(pair) : __high2half2(pair); };
-    left[r] = as_bits(__hfma2(as_half2(word & 0x000f000f), of_r(s.times21), of_r(s.minus)));
-    left[r + 2] = as_bits(__hfma2(as_half2(word & 0x00f000f0), of_r(s.times17), of_r(s.minus)));
+    left[r] = as_bits(__hfma2(as_half2(word & 0x000f000f), of_r(s.times21), __hneg2(of_r(s.s))));
+    left[r + 2] = as_bits(__hfma2(as_half2(word & 0x00f000f0), of_r(s.times17), __hneg2(of_r(s.s))));
   }
 }
 
@@ -308,7 +322,8 @@ struct Args {
   int group_stages;                                          // ... one in this many stages; 0 for channelwise
   uint64_t per_k_stages, per_token_tiles, per_group_stages;  // see `quotient`
   Problem p;
-  bool wide_c;  // C takes 16-byte stores
+  int scale_rows;  // of s
+  bool wide_c;     // C takes 16-byte stores
   int32_t* locks;
   float* partials;
 };
@@ -357,13 +372,6 @@ struct Walk {
   }
 };
 
-// Scales that were tried as small ones in vain, by their address: the next launch does not try. A hint, nothing more: products
-// are the same bits either way, so entries may collide, outlive their tensor, or be read while another kernel writes them.
-// Activations that are not finite leave one, too.
-__device__ uint32_t large_hints[1024];
-__device__ inline uint32_t hint_of(const void* s) { return static_cast<uint32_t>(reinterpret_cast<uint64_t>(s) >> 4); }
-__device__ inline volatile uint32_t& hint_entry(const void* s) { return large_hints[hint_of(s) * 0x9e3779b1u >> 22]; }
-
 struct Corner {
   int n0;
   int m0;
@@ -390,14 +398,11 @@ __global__ void __cluster_dims__(kCluster == 1 ? 1 : 2) __launch_bounds__(128 * 
   constexpr int kABytes = kTile.a_bytes(), kBBytes = kTile.b_bytes(), kABox = kTokens * 128;
   constexpr int kWarpgroups = kGroups * kTeams, kStages = kTile.stages();
   static_assert(kTokens % 8 == 0 && kStages > kTeams && kStages % kTeams == 0);
-  static_assert(kPair == 1 || (STEPS == 8 && !kTile.wants_small()), "each CTA copies one box; both walk the same way");
+  static_assert(kPair == 1 || STEPS == 8, "each CTA copies one box");
 
   extern __shared__ unsigned char smem[];
   __shared__ __align__(8) uint64_t full_barriers[kStages], empty_barriers[kStages];
   __shared__ __align__(8) uint64_t inbox_barriers[2];  // it is full; the other CTA's is free
-  __shared__ __align__(8) uint64_t verdict_barrier;    // it is known whether ...
-  __shared__ bool again_smem;                          // ... all must be multiplied again
-  __shared__ bool hinted_smem;
   __shared__ int ticket_smem;
   const uint32_t ring = (smem_address(smem) + 1023) / 1024 * 1024;  // the swizzle counts from multiples of 1024
   const uint32_t scales = ring + kStages * (kABytes + kBBytes);
@@ -411,36 +416,28 @@ __global__ void __cluster_dims__(kCluster == 1 ? 1 : 2) __launch_bounds__(128 * 
   const int warpgroup = warp_index / 4, warp = warp_index % 4, lane = threadIdx.x % 32;
 
   const int cluster = blockIdx.x / kCtas, rank = blockIdx.x % kCtas;
-  // The first warp of the producer sets up the barriers and goes on to copy weights at once.
+  // The warps that copy set up the barriers, each half of them, and go on at once.
   constexpr int kProducer = 4 * kWarpgroups;
-  constexpr int kStarters = kConsumers + (kTile.wants_small() ? 64 : 32);  // that meet before the first stage
-  if (warp_index == kProducer) {
+  constexpr int kStarters = kConsumers + 64;  // that meet before the first stage
+  if (warp_index == kProducer || warp_index == kProducer + 1) {
     if (elected()) {
+      const bool first = warp_index == kProducer;
 #pragma unroll
-      for (int i = 0; i < kStages; ++i) {
-        barrier_init(full + 8 * i, 2);
-        barrier_init(empty + 8 * i, 4 * kGroups * kPair);
-      }
-      if (kTile.wants_small()) barrier_init(smem_address(&verdict_barrier), 1);
-      if (kSplit > 1) {
+      for (int i = 0; i < kStages; ++i) barrier_init((first ? full : empty) + 8 * i, first ? 2 : 4 * kGroups * kPair);
+      if (kSplit > 1 && !first) {
         barrier_init(inbox_full, 1);
         barrier_init(inbox_free, kConsumers / 32);
       }
       asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
     }
     __syncwarp();
-    asm volatile("bar.arrive 2, 64;" ::: "memory");
     asm volatile("bar.arrive 0, %0;" ::"n"(kStarters) : "memory");
-  } else if (kTile.wants_small() && warp_index == kProducer + 2) {
-    if (lane == 0) hinted_smem = hint_entry(p.s) == hint_of(p.s);
-    __syncwarp();
-    asm volatile("bar.arrive 0, %0;" ::"n"(kStarters) : "memory");
-  } else if (warp_index == kProducer + 1 && elected()) {
+  } else if (warp_index == kProducer + 2 && elected()) {
     prefetch_map(args.b_map);
     prefetch_map(args.s_map);
     prefetch_map(args.a_map);
   }
-  if constexpr (kCtas > 1) asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");
+  if constexpr (kCtas > 1) cluster_arrive();
   launch_dependents();
 
   const int clusters = args.clusters;
@@ -464,51 +461,54 @@ __global__ void __cluster_dims__(kCluster == 1 ? 1 : 2) __launch_bounds__(128 * 
       return true;
     };
     bool more = next_segment();
-    bool maybe_again = kTile.wants_small() && !walk.more(args, cluster);
-    if (warp == 1) {
-      named_barrier(2, 64);        // the barriers are set up
-      wait_for_previous_kernel();  // A may be its output; weights never are
+    if (warp < 2) named_barrier(2, 64);  // the barriers are set up
+    if (warp == 3 && elected()) {        // what is read when C is written: else that waits for DRAM
+      for (; more; more = next_segment()) {
+#pragma unroll
+        for (int n = corner.n0; n < corner.n0 + kFeatures; n += 64) {
+          if (args.group_stages == 0 && n < p.N) prefetch(static_cast<const half*>(p.s) + n);
+          if (p.bias != nullptr && n < p.N_C) prefetch(static_cast<const half*>(p.bias) + n);
+        }
+      }
     }
     if (warp > 1 || !elected()) return;
-    if (kPair > 1 && warp == 1) cluster_wait();  // so are the other CTA's
-    for (; more; more = next_segment()) {
-      if (warp == 1) {  // what is read when C is written: else that waits for DRAM
-#pragma unroll
-        for (int n = 0; n < kFeatures; n += 64) {
-          if (args.group_stages == 0 && corner.n0 + n < p.N) prefetch(static_cast<const half*>(p.s) + corner.n0 + n);
-          if (p.bias != nullptr && corner.n0 + n < p.N_C) prefetch(static_cast<const half*>(p.bias) + corner.n0 + n);
-        }
-      }
-      const int first = kSplit > 1 ? rank : 0;
+    int num_copied = 0;
+    auto produce = [&](auto copy_stage) {
+      for (; more; more = next_segment()) {
 #pragma unroll(kBlocks > 1 && kTeams == 2 ? 1 : 4)  // measured: 1 to 3% either way
-      for (int k = segment.begin * kSplit + first; k < segment.end * kSplit; k += kSplit) {
-        barrier_wait(empty + 8 * stage, parity);
-        const uint32_t a_smem = ring + stage * (kABytes + kBBytes), done = full + 8 * stage;
-        if (warp == 0) {
-          const int scale_bytes = args.group_stages == 0 ? 0 : kFeatures * 2 * (STAGE_K >> args.group_shift);
-          barrier_expect(done, kBBytes + scale_bytes);
-          copy_box(a_smem + kABytes, args.b_map, corner.n0, k * STEPS, done);
-          if (scale_bytes > 0) {
-            const int row = quotient<32>(k * (STAGE_K >> args.group_shift), args.per_group_stages);
-            copy_box(scales + stage * kTile.s_bytes(), args.s_map, corner.n0, row, done);
-          }
-        } else {
-          barrier_expect(done, kABytes);
-          if constexpr (kPair > 1) {
-            copy_box_to_both(a_smem + rank * kABox, args.a_map, k * STAGE_K + 64 * rank, corner.m0, done);
-          } else {
-#pragma unroll
-            for (int i = 0; i < STEPS / 4; ++i)
-              copy_box(a_smem + i * kABox, args.a_map, k * STAGE_K + 64 * i, corner.m0, done);
-          }
+        for (int k = segment.begin * kSplit + (kSplit > 1 ? rank : 0); k < segment.end * kSplit; k += kSplit) {
+          barrier_wait(empty + 8 * stage, parity);
+          if (kStages > FIRST_STAGES && num_copied++ == FIRST_STAGES) barrier_wait(full, 0);
+          copy_stage(k, ring + stage * (kABytes + kBBytes), full + 8 * stage);
+          if (++stage == kStages) stage = 0, parity ^= 1;
         }
-        if (++stage == kStages) stage = 0, parity ^= 1;
       }
-      if (maybe_again) {
-        maybe_again = false;
-        barrier_wait(smem_address(&verdict_barrier), 0);
-        if (again_smem) walk = Walk(args, cluster);
-      }
+    };
+    if (warp == 0) {
+      const int scale_bytes = args.group_stages == 0 ? 0 : kFeatures * 2 * (STAGE_K >> args.group_shift);
+      produce([&](int k, uint32_t a_smem, uint32_t done) {
+        barrier_expect(done, kBBytes + scale_bytes);
+        copy_box(a_smem + kABytes, args.b_map, corner.n0, k * STEPS, done);
+        if (scale_bytes > 0) {
+          const int row = quotient<32>(k * (STAGE_K >> args.group_shift), args.per_group_stages);
+          copy_box(scales + stage * kTile.s_bytes(), args.s_map, corner.n0, row, done);
+        }
+      });
+    } else {
+      if (kPair > 1) cluster_wait();  // the other CTA's barriers are set up, too
+      bool first = true;
+      produce([&](int k, uint32_t a_smem, uint32_t done) {
+        barrier_expect(done, kABytes);
+        if (first) wait_for_previous_kernel();  // A may be its output; weights never are
+        first = false;
+        if constexpr (kPair > 1) {
+          copy_box_to_both(a_smem + rank * kABox, args.a_map, k * STAGE_K + 64 * rank, corner.m0, done);
+        } else {
+#pragma unroll
+          for (int i = 0; i < STEPS / 4; ++i)
+            copy_box(a_smem + i * kABox, args.a_map, k * STAGE_K + 64 * i, corner.m0, done);
+        }
+      });
     }
     return;
   }
@@ -532,7 +532,6 @@ __global__ void __cluster_dims__(kCluster == 1 ? 1 : 2) __launch_bounds__(128 * 
   uint32_t left[2][kBlocks][4];                        // (buffers, m64 blocks, registers)
   uint32_t words[2][kBlocks];                          // of this step and the next
   uint32_t s_frag[kBlocks];                            // scales of 32 rows: pairs for features g and g + 8
-  half2 least = as_half2(0x7c007c00);                  // of those taken for small ones
 
   int stage = team, parity = 0;  // this team's next one
   int behind = team;             // and how many stages it lies behind the segment's begin
@@ -603,10 +602,7 @@ __global__ void __cluster_dims__(kCluster == 1 ? 1 : 2) __launch_bounds__(128 * 
     SmallScales small[kBlocks];
     auto set_small = [&] {
 #pragma unroll
-      for (int i = 0; i < kBlocks && kSmall; ++i) {
-        small[i].set(s_frag[i]);
-        least = __hmin2(least, __habs2(as_half2(s_frag[i])));
-      }
+      for (int i = 0; i < kBlocks && kSmall; ++i) small[i].set(s_frag[i]);
     };
     set_small();
 #pragma unroll
@@ -662,9 +658,8 @@ __global__ void __cluster_dims__(kCluster == 1 ? 1 : 2) __launch_bounds__(128 * 
   const int mine_first = kSplit > 1 ? rank * kMine : 0;  // of a team's
   const int mine_blocks = kSplit == 1 || rank == 0 ? kMine : kOwn - kMine;
   int inbox_parity = 0;
-  float unscale = 1;  // of sums with small scales
   bool first_tile = true;
-  auto reduce = [&] {
+  auto reduce = [&](float unscale) {
     const int peer = rank ^ 1, me = made(team);
     const uint32_t thread = made(threadIdx.x);
     const uint32_t mail = inbox + thread * 16;
@@ -695,21 +690,20 @@ __global__ void __cluster_dims__(kCluster == 1 ? 1 : 2) __launch_bounds__(128 * 
       for (int v = 0; v < kOwn * kBlocks; ++v)
         keep_or_send(v / kBlocks, v % kBlocks, acc[v % kBlocks] + v / kBlocks * 4);
     } else {
-      constexpr int kAtOnce = kTile.exchange_at_once();
-      // (owners, other teams, groups, vectors, threads) float4
-      auto slot = [&](int owner, int writer, int v) {
-        const int other = writer - (writer > owner);
-        return scratch +
-               ((((owner * (kTeams - 1) + other) * kGroups + group) * kAtOnce + v % kAtOnce) * 128 + thread % 128) * 16;
-      };
-#pragma unroll
-      for (int v0 = 0; v0 < kOwn * kBlocks; v0 += kAtOnce) {
-        if (v0 > 0 || !first_tile) named_barrier(1, kConsumers);  // what was there has been read
+      // `count` of each thread's vectors, from the first on, by memory at `base`: (owners, other teams, groups, vectors, threads)
+      // float4.
+      auto exchange = [&](int first, int count, uint32_t base) {
+        const int end = first + count;
+        auto slot = [&](int owner, int writer, int v) {
+          const int other = writer - (writer > owner);
+          return base +
+                 ((((owner * (kTeams - 1) + other) * kGroups + group) * count + v - first) * 128 + thread % 128) * 16;
+        };
 #pragma unroll
         for (int r = 0; r < kTeams; ++r) {
           if (me == r) continue;
 #pragma unroll
-          for (int v = v0; v < v0 + kAtOnce; ++v) {
+          for (int v = first; v < end; ++v) {
             const int block = r * kOwn + v / kBlocks;
             if (block < kTokenBlocks) store_smem(slot(r, me, v), acc[v % kBlocks] + 4 * block);
           }
@@ -719,7 +713,7 @@ __global__ void __cluster_dims__(kCluster == 1 ? 1 : 2) __launch_bounds__(128 * 
         for (int r = 0; r < kTeams; ++r) {
           if (me != r) continue;
 #pragma unroll
-          for (int v = v0; v < v0 + kAtOnce; ++v) {
+          for (int v = first; v < end; ++v) {
             const int j = v / kBlocks, i = v % kBlocks, block = r * kOwn + j;
             float sum[4];  // of a block that there is not, anything: the other CTA counts it, too
 #pragma unroll
@@ -730,6 +724,18 @@ __global__ void __cluster_dims__(kCluster == 1 ? 1 : 2) __launch_bounds__(128 * 
             }
             keep_or_send(j, i, sum);
           }
+        }
+      };
+      constexpr int kAtOnce = kTile.exchange_at_once(), kAll = kOwn * kBlocks;
+      if (!first_tile) named_barrier(1, kConsumers);  // what was there has been read
+      exchange(0, kAtOnce, scratch);
+      if (kAtOnce < kAll && !walk.more(args, cluster)) {  // nobody needs the ring any more
+        exchange(kAtOnce, kAll - kAtOnce, ring);
+      } else {
+#pragma unroll
+        for (int v = kAtOnce; v < kAll; v += kAtOnce) {
+          named_barrier(1, kConsumers);
+          exchange(v, kAtOnce, scratch);
         }
       }
     }
@@ -775,6 +781,7 @@ __global__ void __cluster_dims__(kCluster == 1 ? 1 : 2) __launch_bounds__(128 * 
   };
   // The warps of a chunk leave it in a patch, tokens as rows, and write it to C, 128 bytes of a token at a time.
   constexpr int kMates = kTile.mates(), kChunkThreads = 32 * kMates, kPatchTokens = kTile.patch_tokens();
+  constexpr int kPatchesAt = kTile.patches_at();
   auto meet_mates = [&](uint32_t chunk) {
     if constexpr (kMates == 1) {
       __syncwarp();
@@ -796,9 +803,9 @@ __global__ void __cluster_dims__(kCluster == 1 ? 1 : 2) __launch_bounds__(128 * 
         }
       }
     }
-    if constexpr (kTeams > 1) named_barrier(1, kConsumers);  // the scratch has been read
+    if constexpr (kTeams > 1 && kPatchesAt == 0) named_barrier(1, kConsumers);  // the scratch has been read
     const uint32_t thread = made(threadIdx.x), chunk = thread / kChunkThreads, piece = thread % 8;
-    const uint32_t patch = scratch + chunk * (kPatchTokens * PATCH_PITCH);
+    const uint32_t patch = scratch + kPatchesAt + chunk * (kPatchTokens * PATCH_PITCH);
     const uint32_t patch_wr =
         patch + thread % 8 * PATCH_PITCH + thread / 8 % 2 * 16 + thread / 32 % kMates * (32 * kBlocks);
     const int n = corner.n0 + group * 64 * kBlocks + static_cast<int>(thread % 128 / kChunkThreads * 64 + piece * 8);
@@ -847,23 +854,42 @@ __global__ void __cluster_dims__(kCluster == 1 ? 1 : 2) __launch_bounds__(128 * 
   };
 
   // ---- main loop -----------------------------------------------------------------------------------------------------------
-  named_barrier(0, kStarters);  // the producer has set up the barriers
-  // Optimistic: a scale that is not small makes all of its feature's sums Inf or NaN, and then all is multiplied again.
-  auto pass_verdict = [&](bool again) {
-    if (threadIdx.x == 0) {
-      again_smem = again;
-      barrier_arrive(smem_address(&verdict_barrier));
+  // Of the segment's scales this thread's share: whether they are small. Each is asked for at once: it comes from memory.
+  auto has_small_scales = [&](const Corner& corner) {
+    constexpr int kPieces = kFeatures / 8,
+                  kRows = kConsumers / kPieces;    // 16 bytes each, in a row; that all threads take
+    constexpr int kAtOnce = 8;                     // rows of a thread
+    const int rows = STAGE_K >> args.group_shift;  // in a stage
+    const uint32_t end =
+        min(args.scale_rows, quotient<32>((segment.end * kSplit - 1) * rows, args.per_group_stages) + rows);
+    const int n = corner.n0 + static_cast<int>(threadIdx.x) % kPieces * 8;
+    const char* const from = reinterpret_cast<const char*>(static_cast<const half*>(p.s) + n);
+    const uint32_t pitch = 2 * static_cast<uint32_t>(p.N);
+    half2 least = as_half2(0x24002400), most = least;  // 2^-6
+#pragma unroll 1
+    for (uint32_t row = quotient<32>(segment.begin * kSplit * rows, args.per_group_stages) + threadIdx.x / kPieces;
+         grouped && n < p.N && row < end; row += kRows * kAtOnce) {
+      uint4 v[kAtOnce];
+#pragma unroll
+      for (int i = 0; i < kAtOnce; ++i)  // behind the last one, that again
+        v[i] = *reinterpret_cast<const uint4*>(from + uint64_t{min(row + i * kRows, end - 1)} * pitch);
+#pragma unroll
+      for (int i = 0; i < 4 * kAtOnce; ++i) {
+        const half2 pair = __habs2(as_half2(reinterpret_cast<const uint32_t*>(v)[i]));
+        least = __hmin2(least, pair);
+        most = __hmax2(most, pair);
+      }
     }
+    return __low2float(least) >= SmallScales::LEAST && __high2float(least) >= SmallScales::LEAST &&
+           __low2float(most) < SmallScales::LIMIT && __high2float(most) < SmallScales::LIMIT;
   };
-  Walk ahead = walk;
-  uint32_t large = 1;
-  if (kTile.wants_small() && ahead.next(args, cluster, clusters, segment) && !ahead.more(args, cluster)) {
-    large = hinted_smem;
-    if (large != 0) pass_verdict(false);
-  }
-  wait_for_previous_kernel();  // which may use the locks, the partials, or C
+  named_barrier(0, kStarters);  // the producer has set up the barriers
   int ticket = -1;
   while (walk.next(args, cluster, clusters, segment)) {
+    const Corner corner = corner_of_segment();
+    uint32_t large = 1;
+    if constexpr (kTile.wants_small()) large = named_barrier_any(1, kConsumers, !has_small_scales(corner));
+    if (first_tile) wait_for_previous_kernel();  // which may use the locks, the partials, or C
     const int count = segment.end - segment.begin;
     const bool shared = count < args.k_stages;
     const int unit0 = (segment.tile - args.whole_tiles) * args.k_stages;  // of the tile, if it is shared
@@ -910,26 +936,8 @@ __global__ void __cluster_dims__(kCluster == 1 ? 1 : 2) __launch_bounds__(128 * 
     release(to_release);
     to_release = 0;
     behind -= count;
-    if (large == 0) {
-      large = 1;
-      bool odd = __low2float(least) < SmallScales::LEAST || __high2float(least) < SmallScales::LEAST;
-      // Inf and NaN have all bits of the exponent set.
-#pragma unroll
-      for (int i = 0; i < kBlocks; ++i)
-        odd |= (~__float_as_uint(acc[i][0]) & 0x7f800000) == 0 || (~__float_as_uint(acc[i][2]) & 0x7f800000) == 0;
-      const bool again = named_barrier_any(1, kConsumers, odd);
-      if (again && threadIdx.x == 0) hint_entry(p.s) = hint_of(p.s);
-      pass_verdict(again);
-      if (again) {
-        walk = Walk(args, cluster);
-        continue;
-      }
-      unscale = SmallScales::INVERSE;
-    }
-
-    const Corner corner = corner_of_segment();
     if (kLoadsEarly && for_c) load_for_c(corner);
-    reduce();
+    reduce(large == 0 ? SmallScales::INVERSE : 1);
     if (shared) {
       if (threadIdx.x == 0) ticket_smem = ticket;
       ticket = -1;
@@ -1008,7 +1016,7 @@ __global__ void __cluster_dims__(kCluster == 1 ? 1 : 2) __launch_bounds__(128 * 
   }
   if constexpr (kPair > 1) {  // the other CTA may still tell this one's barriers that a place is free
     cluster_wait();           // the arrival at the start
-    asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");
+    cluster_arrive();
     cluster_wait();
   }
 }
@@ -1092,6 +1100,7 @@ Status run_sm90(const Problem& p, const Config& config, bool overlap, int32_t* l
     args.group_stages = static_cast<int>(p.group < STAGE_K ? 1 : p.group / STAGE_K);
     args.per_group_stages = ceil_div(int64_t{1} << 32, args.group_stages);
   }
+  args.scale_rows = static_cast<int>(p.K / p.group);
   args.wide_c = p.N_C % 8 == 0 && is_aligned(p.C, 16);
   args.locks = locks;
   args.partials = partials;
