@@ -27,7 +27,7 @@ namespace {
 constexpr int kGroup = 128;
 constexpr int kSamples = 1024;
 constexpr size_t kColdBytes = size_t{256} << 20;
-constexpr float kWarmMs = 30;       // from 256 tokens on, where power decides
+constexpr float kTurnsMs = 60;      // for each tile beyond 64 tokens
 constexpr double kErrLimit = 5e-4;  // relative, as everywhere: FP16's rounding alone is 2.8e-4
 
 void check(cudaError_t error) {
@@ -82,14 +82,11 @@ constexpr bool kOverlap = true;  // as shipped
 
 bool fits(const Tile& tile, int M) { return is_measured(tile, M); }
 
-// Stripes of the clusters: ending where tiles do, and one for every cluster.
 std::vector<Config> ways(const Problem& p, int tile_idx, int num_sms) {
   const Tile& tile = kTiles[tile_idx].tile;
-  const int clusters = num_sms / tile.ctas();
-  const int striped = static_cast<int>(ceil_div(p.N, tile.cluster_features()) * ceil_div(p.M, tile.tokens) % clusters);
-  const int even = striped == 0 ? 0 : clusters / striped * striped;
-  std::vector<Config> configs = {make_config(p, tile_idx, clusters, even)};
-  if (striped > 0 && even < clusters) configs.push_back(make_config(p, tile_idx, clusters, clusters));
+  std::vector<Config> configs;
+  for_each_way(ceil_div(p.N, tile.cluster_features()) * ceil_div(p.M, tile.tokens), num_sms / tile.ctas(),
+               [&](int clusters, int stripes) { configs.push_back(make_config(p, tile_idx, clusters, stripes)); });
   return configs;
 }
 
@@ -282,21 +279,30 @@ int run(const std::vector<Size>& sizes) {
         timed.push_back(each);
       }
     }
-    // In turns, each after a while of its own: the chip is as warm, and its clock as low, as in use.
-    for (int turn = 0; turn < (M > 128 ? 3 : 9); ++turn) {
-      for (Timed& each : timed) {
-        float ms = 0;
-        do {
-          check(cudaGraphLaunch(each.replay, stream));
-          ms += each.ms;
-        } while (M > 128 && ms < kWarmMs);
-        check(cudaEventRecord(begin, stream));
-        check(cudaGraphLaunch(each.replay, stream));
-        check(cudaEventRecord(end, stream));
-        check(cudaStreamSynchronize(stream));
-        check(cudaEventElapsedTime(&ms, begin, end));
-        each.us.push_back(ms * 1e3f / launches);
+    auto time = [&](Timed& each, const Timed& before) {
+      float ms;
+      check(cudaGraphLaunch(before.replay, stream));
+      check(cudaEventRecord(begin, stream));
+      check(cudaGraphLaunch(each.replay, stream));
+      check(cudaEventRecord(end, stream));
+      check(cudaStreamSynchronize(stream));
+      check(cudaEventElapsedTime(&ms, begin, end));
+      each.us.push_back(ms * 1e3f / launches);
+    };
+    if (M <= 64) {
+      for (int turn = 0; turn < 9; ++turn) {
+        for (Timed& each : timed) time(each, each);
       }
+    } else {
+      // Power decides, and what ran before decides that by more than the tiles differ: each comes after the same one, and in
+      // turns, the first half of which only warms the chip.
+      float ms = 0;
+      for (const Timed& each : timed) ms += each.ms + timed.front().ms;
+      const int turns = std::max(4, static_cast<int>(kTurnsMs * static_cast<float>(timed.size()) / ms));
+      for (int turn = 0; turn < turns; ++turn) {
+        for (Timed& each : timed) time(each, timed.front());
+      }
+      for (Timed& each : timed) each.us.erase(each.us.begin(), each.us.begin() + turns / 2);
     }
     for (Timed& each : timed) {
       check(cudaGraphExecDestroy(each.replay));

@@ -379,14 +379,6 @@ __device__ inline void barrier_arrive_remote(uint32_t barrier) {
   asm volatile("mbarrier.arrive.release.cluster.shared::cluster.b64 _, [%0];" ::"r"(barrier) : "memory");
 }
 
-// No branch around it that the compiler would have lanes meet behind; old stays what it is if not.
-__device__ inline void fetch_add_if(bool condition, int& old, int32_t* gmem) {
-  asm volatile("{ .reg .pred p; setp.ne.u32 p, %2, 0; @p atom.relaxed.gpu.global.add.s32 %0, [%1], 1; }"
-               : "+r"(old)
-               : "l"(gmem), "r"(static_cast<uint32_t>(condition))
-               : "memory");
-}
-
 __device__ inline void add_release(int32_t* gmem, int value) {
   asm volatile("red.add.release.gpu.s32 [%0], %1;" ::"l"(gmem), "r"(value) : "memory");
 }
@@ -450,9 +442,9 @@ __device__ inline void wgmma(float (&d)[kTokens / 2], const uint32_t (&a)[4], ui
 
 // The right operand: rows (tokens) of 128 bytes, 16-byte pieces permuted as the tensor map's 128-byte swizzle does, eight
 // rows every 1024 bytes. A k16 step further is 32 bytes on: 2 in the descriptor's unit.
-__device__ inline uint64_t tokens_descriptor(uint32_t low) {
+__device__ inline uint64_t tokens_descriptor(uint32_t smem_in_16s) {
   uint64_t descriptor;
-  asm("mov.b64 %0, {%1, %2};" : "=l"(descriptor) : "r"(low), "n"(0x40000040));
+  asm("mov.b64 %0, {%1, %2};" : "=l"(descriptor) : "r"(1 << 16 | smem_in_16s), "n"(0x40000040));
   return descriptor;
 }
 

@@ -35,8 +35,8 @@ constexpr int MIN_GROUP = 32;            // rows that certainly share a scale
 constexpr int SMEM_BYTES = 232448;       // that a CTA may use on sm_90
 constexpr int MAX_K = 1 << 22;           // up to which `quotient` is exact
 constexpr int BAND = 16;                 // token tiles that are worked off together
-constexpr int MOST_EXCHANGE =
-    24576;                        // bytes that the teams' exchange may take from the ring where it needs several rounds
+constexpr int RESERVED = 2048;  // bytes of shared memory for barriers, and for the ring to begin at a multiple of 1024
+constexpr int MOST_EXCHANGE = 24576;  // bytes of the teams' exchange, at a time, where the ring must make room for it
 constexpr int PATCH_PITCH = 144;  // bytes of 64 features of C on their way, and 16 that spread tokens over all banks
 
 constexpr int PAIR = -2;  // see Tile::cluster
@@ -88,18 +88,21 @@ struct Tile {
   // A multiple of the teams: each place of the ring is then one team's. Two that take turns at it would be two phases of its
   // barrier apart when data come late, and a parity cannot tell the next phase from the one before the last.
   MARLIN_HD constexpr int stages_beside(int scratch) const {
-    const int fit = (SMEM_BYTES - 2048 - scratch - inbox_bytes()) / stage_bytes() / teams;
+    const int fit = (SMEM_BYTES - RESERVED - scratch - inbox_bytes()) / stage_bytes() / teams;
     const int turns = (STAGES + teams - 1) / teams;
     return teams * (fit < turns ? fit : turns);
   }
   // What is on its way from memory must outweigh what the teams are working on; more than STAGES only delay the first. Where
   // ENOUGH_STAGES do, the teams' sums are exchanged in one round.
   MARLIN_HD constexpr int stages() const {
-    const int with_room = stages_beside(exchange_bytes(own_blocks() * blocks));
+    const int exchange = exchange_bytes(own_blocks() * blocks);
+    const int with_room = stages_beside(exchange > patches_bytes(8) ? exchange : patches_bytes(8));
     return with_room >= ENOUGH_STAGES ? with_room : stages_beside(least_scratch_bytes());
   }
   // What the ring leaves: the fewer rounds, the fewer barriers at a tile's end.
-  MARLIN_HD constexpr int spare_bytes() const { return SMEM_BYTES - 2048 - inbox_bytes() - stages() * stage_bytes(); }
+  MARLIN_HD constexpr int spare_bytes() const {
+    return SMEM_BYTES - RESERVED - inbox_bytes() - stages() * stage_bytes();
+  }
   MARLIN_HD constexpr int exchange_at_once() const {
     int at_once = own_blocks() * blocks;
     while (own_blocks() * blocks % at_once != 0 || exchange_bytes(at_once) > spare_bytes()) --at_once;
@@ -146,32 +149,33 @@ struct TileCost {
 
 constexpr TileCost kTiles[] = {
     // 16 tokens
-    {{4, 16, 1, 3, 1}, 0.5560f, 1.67f, 1.24f, 1.06f},
-    {{1, 16, 1, 2, 2}, 0.2155f, 1.15f, 0.49f, 0.97f},
+    {{4, 16, 1, 2, 1}, 0.4643f, 1.92f, 4.04f, 2.55f},
+    {{2, 16, 1, 2, 2}, 0.3100f, 1.15f, 0.50f, 1.10f},
+    {{1, 16, 1, 3, 2}, 0.2025f, 1.29f, 0.84f, 1.09f},
     // 32
-    {{4, 32, 1, 2, PAIR}, 0.5998f, 0.30f, 1.99f, 3.29f},
-    {{2, 32, 1, 2, 2}, 0.3507f, 1.16f, 0.81f, 1.07f},
-    {{1, 32, 1, 2, 2}, 0.2484f, 0.49f, 0.42f, 1.65f},
-    {{1, 32, 1, 3, 2}, 0.1972f, 0.57f, 0.52f, 1.98f},
+    {{4, 32, 1, 2, PAIR}, 0.5794f, 0.39f, 2.80f, 2.00f},
+    {{2, 32, 1, 2, 2}, 0.3295f, 1.14f, 0.46f, 1.24f},
+    {{1, 32, 1, 3, 2}, 0.1810f, 0.78f, 0.55f, 2.21f},
     // 48
-    {{4, 48, 1, 2, PAIR}, 0.7495f, 0.11f, 2.44f, 0.14f},
-    {{2, 48, 1, 2, 2}, 0.4233f, 1.05f, 0.44f, 1.24f},
-    {{1, 48, 1, 3, 2}, 0.2054f, 0.92f, 0.33f, 1.89f},
+    {{4, 48, 1, 2, PAIR}, 0.7389f, 0.10f, 4.03f, 0.17f},
+    {{2, 48, 1, 2, 2}, 0.4227f, 1.05f, 0.44f, 1.24f},
+    {{1, 48, 1, 3, 2}, 0.2046f, 0.96f, 0.60f, 1.90f},
     // 64
-    {{4, 64, 1, 2, 1}, 0.8690f, 0.21f, 4.18f, 0.14f},
-    {{2, 64, 1, 2, 2}, 0.4724f, 1.92f, 0.94f, 0.40f},
-    {{1, 64, 1, 2, 2}, 0.2482f, 0.89f, 0.67f, 1.75f},
+    {{4, 64, 1, 2, 1}, 0.8492f, 0.09f, 4.97f, 0.06f},
+    {{2, 64, 1, 2, 2}, 0.4723f, 1.92f, 0.94f, 0.40f},
+    {{1, 64, 1, 2, 2}, 0.2521f, 0.91f, 0.65f, 1.76f},
     {{1, 64, 1, 3, 1}, 0.2686f, 0.47f, 0.47f, 1.59f},
     // 96
+    {{2, 96, 2, 1, PAIR}, 1.2021f, 0.10f, 7.20f, 0.16f},
     {{1, 96, 1, 2, 1}, 0.3261f, 1.01f, 0.86f, 0.59f},
-    {{1, 96, 1, 2, 2}, 0.3152f, 1.35f, 1.73f, 1.37f},
-    {{1, 96, 4, 1, 1}, 1.1886f, 0.03f, 7.16f, 0.01f},
+    {{1, 96, 1, 2, 2}, 0.3151f, 1.35f, 1.73f, 1.37f},
     // 128
-    {{2, 128, 1, 2, 1}, 0.8159f, 0.79f, 4.23f, 0.41f},
-    {{2, 128, 2, 1, PAIR}, 1.5778f, 1.97f, 2.24f, 0.96f},
-    {{1, 128, 1, 2, 1}, 0.4193f, 1.06f, 1.06f, 0.10f},
-    {{1, 128, 3, 1, PAIR}, 1.1887f, 0.79f, 3.90f, 0.02f},
-    {{1, 128, 3, 1, 2}, 1.2199f, 2.23f, 1.34f, 0.41f},
+    {{2, 128, 2, 1, PAIR}, 1.5778f, 2.04f, 2.24f, 0.85f},
+    {{1, 128, 4, 1, PAIR}, 1.5778f, 1.97f, 2.25f, 0.95f},
+    {{1, 128, 3, 1, PAIR}, 1.1887f, 0.79f, 3.92f, 0.01f},
+    {{1, 128, 3, 1, 2}, 1.2010f, 2.05f, 1.34f, 0.23f},
+    {{2, 128, 1, 2, 1}, 0.8156f, 0.55f, 3.17f, 0.09f},
+    {{1, 128, 1, 2, 1}, 0.4193f, 1.05f, 1.06f, 0.10f},
 };
 constexpr int kNumTiles = sizeof(kTiles) / sizeof(kTiles[0]);
 
@@ -221,6 +225,21 @@ Config make_config(const Problem& p, int tile_idx, int clusters, int stripes) {
   return config;
 }
 
+// The ways to deal `tiles` out that are worth a look, as use(clusters, stripes): whole tiles only, if possible the same number
+// for each of fewer clusters, or stripes that end where tiles do; and a stripe for every cluster.
+template <typename Use>
+void for_each_way(int64_t tiles, int clusters, Use use) {
+  const int64_t rounds = ceil_div(tiles, clusters);
+  const int striped = static_cast<int>(tiles % clusters);
+  const int even = striped == 0 ? 0 : clusters / striped * striped;
+  if (rounds > 1 && even == striped && tiles % rounds == 0) {
+    use(static_cast<int>(tiles / rounds), 0);
+  } else {
+    use(clusters, even);
+  }
+  if (even < clusters && striped > 0) use(clusters, clusters);
+}
+
 }  // namespace
 
 Config choose_config_sm90(const Problem& p, const Device& device, const Hints& hints) {
@@ -234,13 +253,10 @@ Config choose_config_sm90(const Problem& p, const Device& device, const Hints& h
     if ((hints.tile_n > 0 && hints.tile_n != tile.features()) || (hints.tile_idx >= 0 && hints.tile_idx != i)) continue;
     if (hints.tile_idx < 0 && hints.tile_n <= 0 && !is_measured(tile, p.M)) continue;
     const int64_t tiles = ceil_div(p.N, tile.cluster_features()) * ceil_div(p.M, tile.tokens);
-    const int striped = static_cast<int>(tiles % clusters);
-    const int even = striped == 0 ? 0 : clusters / striped * striped;  // stripes that end where tiles do
-    for (const int stripes : {even, clusters}) {
-      const Config config = make_config(p, i, clusters, stripes);
+    for_each_way(tiles, clusters, [&](int used_clusters, int stripes) {
+      const Config config = make_config(p, i, used_clusters, stripes);
       if (best.tile_idx < 0 || config.us < best.us) best = config;
-      if (striped == 0) break;
-    }
+    });
   }
   return best;
 }
@@ -286,12 +302,11 @@ struct SmallScales {
   static constexpr float LEAST = 0x1p-11f;
   static constexpr float LIMIT = 0x1p-5f;
   static constexpr float INVERSE = 8;
-  half2 s, times21, times17;  // 2^21 s, 2^17 s
+  half2 s, times21, times17;  // of features g and g + 8: s, 2^21 s, 2^17 s
   __device__ void set(uint32_t scales) {
     s = as_half2(scales);
-    const half2 s15 = __hmul2(s, as_half2(0x78007800));
-    times21 = __hmul2(s15, as_half2(0x54005400));
-    times17 = __hmul2(s15, as_half2(0x44004400));
+    times21 = as_half2(scales + 0x54005400);  // 21 more in both exponents, which are 4 to 9
+    times17 = as_half2(scales + 0x44004400);
   }
 };
 __device__ inline void dequantise_small(uint32_t (&left)[4], uint32_t word, const SmallScales& s) {
@@ -397,7 +412,7 @@ __global__ void __cluster_dims__(kCluster == 1 ? 1 : 2) __launch_bounds__(128 * 
   constexpr int kCtas = kTile.ctas(), kSplit = kTile.split(), kPair = kTile.pair();
   constexpr int kABytes = kTile.a_bytes(), kBBytes = kTile.b_bytes(), kABox = kTokens * 128;
   constexpr int kWarpgroups = kGroups * kTeams, kStages = kTile.stages();
-  static_assert(kTokens % 8 == 0 && kStages > kTeams && kStages % kTeams == 0);
+  static_assert(kTokens % 8 == 0 && kStages > kTeams && kStages % kTeams == 0 && kTile.patch_tokens() > 0);
   static_assert(kPair == 1 || STEPS == 8, "each CTA copies one box");
 
   extern __shared__ unsigned char smem[];
@@ -441,7 +456,7 @@ __global__ void __cluster_dims__(kCluster == 1 ? 1 : 2) __launch_bounds__(128 * 
   launch_dependents();
 
   const int clusters = args.clusters;
-  Segment segment;
+  Segment segment{};
   auto corner_of_segment = [&] {
     Corner corner = corner_of(args, segment.tile, kFeatures * kPair, kTokens);
     if (kPair > 1) corner.n0 += rank * kFeatures;
@@ -530,8 +545,12 @@ __global__ void __cluster_dims__(kCluster == 1 ? 1 : 2) __launch_bounds__(128 * 
   constexpr bool kScalesSums = kTile.scales_sums() && !kShortGroups;
   float sums[kScalesSums ? kBlocks : 1][kTokens / 2];  // of one group, not yet scaled
   uint32_t left[2][kBlocks][4];                        // (buffers, m64 blocks, registers)
-  uint32_t words[2][kBlocks];                          // of this step and the next
-  uint32_t s_frag[kBlocks];                            // scales of 32 rows: pairs for features g and g + 8
+  // Words are read for so many steps at once: several where a step has several products of few tokens, or the compiler has
+  // them wait for the read.
+  constexpr int kWordSteps = kTokens > 64 || kBlocks == 1 ? 1 : 8 / kBlocks;
+  constexpr int kWordsAhead = kWordSteps == 1 ? 2 : kWordSteps;  // steps from the read to the first use
+  uint32_t words[2][kWordSteps][kBlocks];
+  uint32_t s_frag[kBlocks];  // scales of 32 rows: pairs for features g and g + 8
 
   int stage = team, parity = 0;  // this team's next one
   int behind = team;             // and how many stages it lies behind the segment's begin
@@ -547,8 +566,9 @@ __global__ void __cluster_dims__(kCluster == 1 ? 1 : 2) __launch_bounds__(128 * 
     }
   };
 
+  auto words_of = [&](int step) -> auto& { return words[step / kWordSteps % 2][step % kWordSteps]; };
   auto load_words = [&](int at, int step) {
-    load_smem(words[step % 2], ring + at * (kABytes + kBBytes) + step * (kFeatures * 8) + b_rd);
+    load_smem(words_of(step), ring + at * (kABytes + kBBytes) + step * (kFeatures * 8) + b_rd);
   };
   const auto scales_of = [&](int half_step) {  // where those of a stage's 32 rows lie
     return made(static_cast<uint32_t>((half_step * MIN_GROUP >> args.group_shift) * (kFeatures * 2)));
@@ -596,8 +616,8 @@ __global__ void __cluster_dims__(kCluster == 1 ? 1 : 2) __launch_bounds__(128 * 
   // ---- one stage ---------------------------------------------------------------------------------------------------------
   auto multiply_stage = [&](auto small_scales, int next_stage, int next_parity, bool last) {
     constexpr bool kSmall = decltype(small_scales)::value;
-    // the low half of the descriptor; shfl as above
-    const uint32_t tokens = __shfl_sync(0xffffffff, (1 << 16) | (ring + stage * (kABytes + kBBytes)) >> 4, 0);
+    // shfl as above; added to as a whole, or each step's descriptor costs two moves of uniform registers
+    const uint64_t tokens = tokens_descriptor(__shfl_sync(0xffffffff, (ring + stage * (kABytes + kBBytes)) >> 4, 0));
     bool there = last;  // the next stage, as far as there is one
     SmallScales small[kBlocks];
     auto set_small = [&] {
@@ -610,14 +630,14 @@ __global__ void __cluster_dims__(kCluster == 1 ? 1 : 2) __launch_bounds__(128 * 
 #pragma unroll
       for (int i = 0; i < kBlocks; ++i) {
         if constexpr (kSmall) {
-          dequantise_small(left[step % 2][i], words[step % 2][i], small[i]);
+          dequantise_small(left[step % 2][i], words_of(step)[i], small[i]);
         } else {
-          dequantise<!kScalesSums>(left[step % 2][i], words[step % 2][i], s_frag[i]);
+          dequantise<!kScalesSums>(left[step % 2][i], words_of(step)[i], s_frag[i]);
         }
       }
       if (kScalesSums && step == 0) add_scaled();  // of the stage before
       wgmma_fence();
-      const uint64_t right = tokens_descriptor(tokens + 2 * (step % 4) + step / 4 * (kABox / 16));
+      const uint64_t right = tokens + (2 * (step % 4) + step / 4 * (kABox / 16));
 #pragma unroll
       for (int i = 0; i < kBlocks; ++i) {
         if constexpr (!kScalesSums) {
@@ -631,12 +651,12 @@ __global__ void __cluster_dims__(kCluster == 1 ? 1 : 2) __launch_bounds__(128 * 
       wgmma_commit();
       if (kScalesSums && step + 1 == STEPS) load_scales(stage, 0);
       // Asked a step ahead, so that the answer is there. What is read behind the last stage is not used.
-      if (step + 3 == STEPS) there |= barrier_test(my_full + 8 * next_stage, next_parity);
-      if (step + 2 < STEPS) {
-        load_words(stage, step + 2);
-      } else {
-        if (step + 2 == STEPS) barrier_wait(my_full + 8 * next_stage, next_parity, there);
-        load_words(next_stage, step + 2 - STEPS);
+      if (step + kWordsAhead + 1 == STEPS) there |= barrier_test(my_full + 8 * next_stage, next_parity);
+      if (step % kWordSteps == 0) {
+        const int first = step + kWordsAhead;
+        if (first == STEPS) barrier_wait(my_full + 8 * next_stage, next_parity, there);
+#pragma unroll
+        for (int i = 0; i < kWordSteps; ++i) load_words(first < STEPS ? stage : next_stage, (first + i) % STEPS);
       }
       if (!kScalesSums && ends_group(step)) {
         if (step + 1 < STEPS) {
@@ -865,14 +885,17 @@ __global__ void __cluster_dims__(kCluster == 1 ? 1 : 2) __launch_bounds__(128 * 
     const int n = corner.n0 + static_cast<int>(threadIdx.x) % kPieces * 8;
     const char* const from = reinterpret_cast<const char*>(static_cast<const half*>(p.s) + n);
     const uint32_t pitch = 2 * static_cast<uint32_t>(p.N);
+    // Of CTAs that take the stages in turn, each its own rows, if they have rows of their own.
+    const uint32_t shift = kSplit > 1 && rows == 1 && args.group_stages == 1 ? 1 : 0;
+    const uint32_t first = quotient<32>(segment.begin * kSplit * rows, args.per_group_stages) + rank * shift;
     half2 least = as_half2(0x24002400), most = least;  // 2^-6
 #pragma unroll 1
-    for (uint32_t row = quotient<32>(segment.begin * kSplit * rows, args.per_group_stages) + threadIdx.x / kPieces;
-         grouped && n < p.N && row < end; row += kRows * kAtOnce) {
+    for (uint32_t row = first + (threadIdx.x / kPieces << shift); grouped && n < p.N && row < end;
+         row += kRows * kAtOnce << shift) {
       uint4 v[kAtOnce];
 #pragma unroll
       for (int i = 0; i < kAtOnce; ++i)  // behind the last one, that again
-        v[i] = *reinterpret_cast<const uint4*>(from + uint64_t{min(row + i * kRows, end - 1)} * pitch);
+        v[i] = *reinterpret_cast<const uint4*>(from + uint64_t{min(row + (i * kRows << shift), end - 1)} * pitch);
 #pragma unroll
       for (int i = 0; i < 4 * kAtOnce; ++i) {
         const half2 pair = __habs2(as_half2(reinterpret_cast<const uint32_t*>(v)[i]));
@@ -884,22 +907,20 @@ __global__ void __cluster_dims__(kCluster == 1 ? 1 : 2) __launch_bounds__(128 * 
            __low2float(most) < SmallScales::LIMIT && __high2float(most) < SmallScales::LIMIT;
   };
   named_barrier(0, kStarters);  // the producer has set up the barriers
-  int ticket = -1;
   while (walk.next(args, cluster, clusters, segment)) {
     const Corner corner = corner_of_segment();
-    uint32_t large = 1;
-    if constexpr (kTile.wants_small()) large = named_barrier_any(1, kConsumers, !has_small_scales(corner));
+    bool small = false;
+    if constexpr (kTile.wants_small()) small = !named_barrier_any(1, kConsumers, !has_small_scales(corner));
     if (first_tile) wait_for_previous_kernel();  // which may use the locks, the partials, or C
     const int count = segment.end - segment.begin;
     const bool shared = count < args.k_stages;
     const int unit0 = (segment.tile - args.whole_tiles) * args.k_stages;  // of the tile, if it is shared
     const int lock = 2 * (shared ? cluster_of(unit0) * kCtas + rank : 0);
     // Who comes last to the end of his part, bar two of thread 0's stages, sums them all: it waits for those that came before,
-    // which wait for nobody. Drawn that early, the ticket is there when it is needed. Once, also if all is multiplied again.
-    const bool draws = shared && ticket < 0 && threadIdx.x == 0;
-    const int turns = (count - behind + kTeams - 1) / kTeams;  // that this team has
-    const int draws_at = draws ? behind + max(turns - 2, 0) * kTeams : -1;
-    int32_t* const counter = made(args.locks + lock);
+    // which wait for nobody. Drawn that early, the ticket is there when it is needed.
+    const int own = (count - behind + kTeams - 1) / kTeams;  // stages of this team
+    const int draws_at = behind + max(own - 2, 0) * kTeams;
+    int ticket = 0;
 
     zero(acc);
     if constexpr (kScalesSums) {
@@ -908,39 +929,42 @@ __global__ void __cluster_dims__(kCluster == 1 ? 1 : 2) __launch_bounds__(128 * 
     }
     if (behind < count) {
       barrier_wait(my_full + 8 * stage, parity);
-      load_words(stage, 0);
-      load_words(stage, 1);
+#pragma unroll
+      for (int step = 0; step < kWordsAhead; ++step) load_words(stage, step);
       if (!kScalesSums) load_scales(stage, 0);
     }
     auto multiply_stages = [&](auto small_scales) {
-      for (; behind < count; behind += kTeams) {
-        fetch_add_if(behind == draws_at, ticket, counter);
-        int next_stage = stage + kTeams, next_parity = parity;
-        if (next_stage >= kStages) next_stage -= kStages, next_parity ^= 1;
-        multiply_stage(small_scales, next_stage, next_parity, behind + kTeams >= count);
-        to_release = lane < kPair ? my_empty + 8 * stage : 0;
-        stage = next_stage;
-        parity = next_parity;
+#pragma unroll 1
+      for (int round = shared ? 0 : 1; round < 2; ++round) {  // so that the inner loop knows nothing of tickets
+        const int end = round == 0 ? draws_at : count;
+#pragma unroll 1
+        for (; behind < end; behind += kTeams) {
+          int next_stage = stage + kTeams, next_parity = parity;
+          if (next_stage >= kStages) next_stage -= kStages, next_parity ^= 1;
+          multiply_stage(small_scales, next_stage, next_parity, behind + kTeams >= count);
+          to_release = lane < kPair ? my_empty + 8 * stage : 0;
+          stage = next_stage;
+          parity = next_parity;
+        }
+        if (round == 0 && threadIdx.x == 0) ticket = atomicAdd(args.locks + lock, 1);
       }
     };
     // for the compiler, REDUX gives a uniform value
-    if (kTile.wants_small() && __reduce_or_sync(0xffffffff, large) == 0) {
+    if (kTile.wants_small() && __reduce_or_sync(0xffffffff, small) != 0) {
       if constexpr (kTile.wants_small()) multiply_stages(std::true_type());
     } else {
       multiply_stages(std::false_type());
     }
     if constexpr (kScalesSums) add_scaled();
-    fetch_add_if(draws && turns <= 0, ticket, counter);
     wgmma_wait<0>();
     hide(acc);  // not read before the wait
     release(to_release);
     to_release = 0;
     behind -= count;
     if (kLoadsEarly && for_c) load_for_c(corner);
-    reduce(large == 0 ? SmallScales::INVERSE : 1);
+    reduce(small ? SmallScales::INVERSE : 1);
     if (shared) {
       if (threadIdx.x == 0) ticket_smem = ticket;
-      ticket = -1;
       named_barrier(1, kConsumers);
       const int sharers_first = cluster_of(unit0), sharers = cluster_of(unit0 + args.k_stages - 1) - sharers_first + 1;
       if (ticket_smem < sharers - 1) {

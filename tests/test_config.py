@@ -122,7 +122,10 @@ def test_hopper_has_a_config_for_any_problem_and_always_the_same(M, chunks, grou
     config = choose_sm90(M, 64 * chunks, K, device, group)
     assert config["tile_idx"] >= 0
     assert config["features"] % 64 == 0 and config["tokens"] % 8 == 0
-    assert num_sms - 1 <= config["grid"] <= num_sms  # clusters of two leave an odd one out
+    assert config["grid"] <= num_sms
+    if config["grid"] < num_sms - 1:  # clusters of two leave an odd one out
+        # fewer, but never half of them, for whole tiles, the same number each
+        assert config["stripes"] == 0 and 2 * config["grid"] >= num_sms - 1
     assert 0 <= config["stripes"] <= config["grid"]
     # locks and scratch are there for the clusters that share tiles, and for these only
     assert (config["stripes"] > 0) == (config["num_locks"] > 0) == (config["num_partials"] > 0)
@@ -130,6 +133,12 @@ def test_hopper_has_a_config_for_any_problem_and_always_the_same(M, chunks, grou
     # 16 tokens are kept as if each of four teams in each of two CTAs had one
     assert config["num_partials"] <= 8 * config["grid"] * config["features"] * config["tokens"]
     assert choose_sm90(M, 64 * chunks, K, device, group) == config
+
+
+def test_hopper_deals_whole_tiles_out_evenly_where_memory_decides():
+    config = choose_sm90(16, 57344, 8192, group=128)
+    tiles = 57344 // config["features"]
+    assert config["stripes"] == 0 and config["grid"] < HOPPER[1] and tiles % config["grid"] == 0
 
 
 @pytest.mark.parametrize(
@@ -154,7 +163,7 @@ def test_every_tile_of_hopper_can_be_asked_for():
 def test_a_wish_for_fewer_sms_is_granted_on_hopper():
     for wish in (2, 3, 10):
         for M in (1, 64, 1000):
-            assert choose_sm90(M, 4096, 4096, num_sms_hint=wish)["grid"] in (wish - wish % 2, wish)
+            assert 1 <= choose_sm90(M, 4096, 4096, num_sms_hint=wish)["grid"] <= wish
 
 
 # --------------------------------------------------------------------------------------------------
