@@ -149,33 +149,33 @@ struct TileCost {
 
 constexpr TileCost kTiles[] = {
     // 16 tokens
-    {{4, 16, 1, 2, 1}, 0.4643f, 1.92f, 4.04f, 2.55f},
-    {{2, 16, 1, 2, 2}, 0.3100f, 1.15f, 0.50f, 1.10f},
-    {{1, 16, 1, 3, 2}, 0.2025f, 1.29f, 0.84f, 1.09f},
+    {{4, 16, 1, 2, 1}, 0.4517f, 1.66f, 4.04f, 2.47f},
+    {{2, 16, 1, 2, 2}, 0.3050f, 1.15f, 0.50f, 1.10f},
+    {{1, 16, 1, 3, 2}, 0.2000f, 1.29f, 0.84f, 1.09f},
     // 32
-    {{4, 32, 1, 2, PAIR}, 0.5794f, 0.39f, 2.80f, 2.00f},
-    {{2, 32, 1, 2, 2}, 0.3295f, 1.14f, 0.46f, 1.24f},
-    {{1, 32, 1, 3, 2}, 0.1810f, 0.78f, 0.55f, 2.21f},
+    {{4, 32, 1, 2, PAIR}, 0.5797f, 0.51f, 2.52f, 1.67f},
+    {{2, 32, 1, 2, 2}, 0.3200f, 1.16f, 0.46f, 1.25f},
+    {{1, 32, 1, 3, 2}, 0.1800f, 0.77f, 0.56f, 2.20f},
     // 48
-    {{4, 48, 1, 2, PAIR}, 0.7389f, 0.10f, 4.03f, 0.17f},
+    {{4, 48, 1, 2, PAIR}, 0.7215f, 0.11f, 3.34f, 0.16f},
     {{2, 48, 1, 2, 2}, 0.4227f, 1.05f, 0.44f, 1.24f},
     {{1, 48, 1, 3, 2}, 0.2046f, 0.96f, 0.60f, 1.90f},
     // 64
-    {{4, 64, 1, 2, 1}, 0.8492f, 0.09f, 4.97f, 0.06f},
+    {{4, 64, 1, 2, 1}, 0.8323f, 0.05f, 3.94f, 0.05f},
     {{2, 64, 1, 2, 2}, 0.4723f, 1.92f, 0.94f, 0.40f},
     {{1, 64, 1, 2, 2}, 0.2521f, 0.91f, 0.65f, 1.76f},
     {{1, 64, 1, 3, 1}, 0.2686f, 0.47f, 0.47f, 1.59f},
     // 96
-    {{2, 96, 2, 1, PAIR}, 1.2021f, 0.10f, 7.20f, 0.16f},
+    {{2, 96, 2, 1, PAIR}, 1.1930f, 0.08f, 7.52f, 0.09f},
     {{1, 96, 1, 2, 1}, 0.3261f, 1.01f, 0.86f, 0.59f},
     {{1, 96, 1, 2, 2}, 0.3151f, 1.35f, 1.73f, 1.37f},
     // 128
-    {{2, 128, 2, 1, PAIR}, 1.5778f, 2.04f, 2.24f, 0.85f},
-    {{1, 128, 4, 1, PAIR}, 1.5778f, 1.97f, 2.25f, 0.95f},
-    {{1, 128, 3, 1, PAIR}, 1.1887f, 0.79f, 3.92f, 0.01f},
-    {{1, 128, 3, 1, 2}, 1.2010f, 2.05f, 1.34f, 0.23f},
-    {{2, 128, 1, 2, 1}, 0.8156f, 0.55f, 3.17f, 0.09f},
-    {{1, 128, 1, 2, 1}, 0.4193f, 1.05f, 1.06f, 0.10f},
+    {{2, 128, 2, 1, PAIR}, 1.5778f, 1.96f, 2.24f, 0.20f},
+    {{1, 128, 4, 1, PAIR}, 1.5776f, 1.88f, 2.22f, 0.46f},
+    {{1, 128, 3, 1, PAIR}, 1.1876f, 1.40f, 2.13f, 0.01f},
+    {{1, 128, 3, 1, 2}, 1.2010f, 2.04f, 1.34f, 0.22f},
+    {{2, 128, 1, 2, 1}, 0.8150f, 0.22f, 3.65f, 0.05f},
+    {{1, 128, 1, 2, 1}, 0.4193f, 1.04f, 1.02f, 0.09f},
 };
 constexpr int kNumTiles = sizeof(kTiles) / sizeof(kTiles[0]);
 
@@ -544,7 +544,9 @@ __global__ void __cluster_dims__(kCluster == 1 ? 1 : 2) __launch_bounds__(128 * 
   float acc[kBlocks][kTokens / 2];  // (m64 blocks, n8 blocks x (features g, g + 8) x (tokens 2t, 2t + 1))
   constexpr bool kScalesSums = kTile.scales_sums() && !kShortGroups;
   float sums[kScalesSums ? kBlocks : 1][kTokens / 2];  // of one group, not yet scaled
-  uint32_t left[2][kBlocks][4];                        // (buffers, m64 blocks, registers)
+  // Steps dequantised and multiplied at once: two where that makes fewer instructions; elsewhere it costs registers.
+  constexpr int kPack = kBlocks == 2 && kTokens <= 64 ? 2 : 1;
+  uint32_t left[2][kPack][kBlocks][4];  // (buffers, steps, m64 blocks, registers)
   // Words are read for so many steps at once: several where a step has several products of few tokens, or the compiler has
   // them wait for the read.
   constexpr int kWordSteps = kTokens > 64 || kBlocks == 1 ? 1 : 8 / kBlocks;
@@ -626,41 +628,48 @@ __global__ void __cluster_dims__(kCluster == 1 ? 1 : 2) __launch_bounds__(128 * 
     };
     set_small();
 #pragma unroll
-    for (int step = 0; step < STEPS; ++step) {
+    for (int step = 0; step < STEPS; step += kPack) {
+      auto& now = left[step / kPack % 2];
 #pragma unroll
-      for (int i = 0; i < kBlocks; ++i) {
-        if constexpr (kSmall) {
-          dequantise_small(left[step % 2][i], words_of(step)[i], small[i]);
-        } else {
-          dequantise<!kScalesSums>(left[step % 2][i], words_of(step)[i], s_frag[i]);
+      for (int u = 0; u < kPack; ++u) {
+#pragma unroll
+        for (int i = 0; i < kBlocks; ++i) {
+          if constexpr (kSmall) {
+            dequantise_small(now[u][i], words_of(step + u)[i], small[i]);
+          } else {
+            dequantise<!kScalesSums>(now[u][i], words_of(step + u)[i], s_frag[i]);
+          }
         }
       }
       if (kScalesSums && step == 0) add_scaled();  // of the stage before
       wgmma_fence();
-      const uint64_t right = tokens + (2 * (step % 4) + step / 4 * (kABox / 16));
 #pragma unroll
-      for (int i = 0; i < kBlocks; ++i) {
-        if constexpr (!kScalesSums) {
-          wgmma<kTokens, true>(acc[i], left[step % 2][i], right);
-        } else if (step == 0) {
-          wgmma<kTokens, false>(sums[i], left[step % 2][i], right);
-        } else {
-          wgmma<kTokens, true>(sums[i], left[step % 2][i], right);
+      for (int u = 0; u < kPack; ++u) {
+        const uint64_t right = tokens + (2 * ((step + u) % 4) + (step + u) / 4 * (kABox / 16));
+#pragma unroll
+        for (int i = 0; i < kBlocks; ++i) {
+          if constexpr (!kScalesSums) {
+            wgmma<kTokens, true>(acc[i], now[u][i], right);
+          } else if (step == 0) {
+            wgmma<kTokens, false>(sums[i], now[u][i], right);
+          } else {
+            wgmma<kTokens, true>(sums[i], now[u][i], right);
+          }
         }
       }
       wgmma_commit();
-      if (kScalesSums && step + 1 == STEPS) load_scales(stage, 0);
+      if (kScalesSums && step + kPack == STEPS) load_scales(stage, 0);
       // Asked a step ahead, so that the answer is there. What is read behind the last stage is not used.
-      if (step + kWordsAhead + 1 == STEPS) there |= barrier_test(my_full + 8 * next_stage, next_parity);
+      if (step + kWordsAhead + kPack == STEPS) there |= barrier_test(my_full + 8 * next_stage, next_parity);
       if (step % kWordSteps == 0) {
         const int first = step + kWordsAhead;
         if (first == STEPS) barrier_wait(my_full + 8 * next_stage, next_parity, there);
 #pragma unroll
         for (int i = 0; i < kWordSteps; ++i) load_words(first < STEPS ? stage : next_stage, (first + i) % STEPS);
       }
-      if (!kScalesSums && ends_group(step)) {
-        if (step + 1 < STEPS) {
-          load_scales(stage, (step + 1) / 2);
+      if (!kScalesSums && ends_group(step + kPack - 1)) {
+        if (step + kPack < STEPS) {
+          load_scales(stage, (step + kPack) / 2);
           set_small();
         } else {
           load_scales(next_stage, 0);
@@ -836,7 +845,15 @@ __global__ void __cluster_dims__(kCluster == 1 ? 1 : 2) __launch_bounds__(128 * 
       const int m = corner.m0 + 8 * first;
       const int blocks_here = min(kPatchTokens / 8, min(mine_blocks - j0, kTokenBlocks - first));
       const int tokens_here = static_cast<int>(min(int64_t{8} * blocks_here, p.M - m));
-      if (tokens_here <= 0) break;
+      if (kTeams == 1 && tokens_here <= 0) break;
+      // Another team's sums come only after a barrier of all.
+      const bool meets_again = kTeams == 1 || j0 + kPatchTokens / 8 < kMine;
+      // Warps that have nothing to write meet all the same: racecheck tells them apart by the barriers that they have met.
+      if (tokens_here <= 0) {
+        meet_mates(chunk);
+        if (meets_again) meet_mates(chunk);
+        continue;
+      }
 #pragma unroll
       for (int j = j0; j < min(kMine, j0 + kPatchTokens / 8); ++j) {
 #pragma unroll
@@ -868,8 +885,7 @@ __global__ void __cluster_dims__(kCluster == 1 ? 1 : 2) __launch_bounds__(128 * 
 #pragma unroll 1
         for (int token = 0; token < kPatchTokens; token += kChunkThreads / 8) write_piece(first_token + token, false);
       }
-      // Another team's sums come only after a barrier of all.
-      if (kTeams == 1 || j0 + kPatchTokens / 8 < kMine) meet_mates(chunk);
+      if (meets_again) meet_mates(chunk);
     }
   };
 
@@ -910,7 +926,10 @@ __global__ void __cluster_dims__(kCluster == 1 ? 1 : 2) __launch_bounds__(128 * 
   while (walk.next(args, cluster, clusters, segment)) {
     const Corner corner = corner_of_segment();
     bool small = false;
-    if constexpr (kTile.wants_small()) small = !named_barrier_any(1, kConsumers, !has_small_scales(corner));
+    if constexpr (kTile.wants_small()) {
+      // Groups of 32 have so many that looking at them costs more than it saves.
+      if (!of_32) small = !named_barrier_any(1, kConsumers, !has_small_scales(corner));
+    }
     if (first_tile) wait_for_previous_kernel();  // which may use the locks, the partials, or C
     const int count = segment.end - segment.begin;
     const bool shared = count < args.k_stages;
