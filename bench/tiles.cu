@@ -28,6 +28,7 @@ constexpr int kGroup = 128;
 constexpr int kSamples = 1024;
 constexpr size_t kColdBytes = size_t{256} << 20;
 constexpr float kTurnsMs = 60;      // for each tile beyond 64 tokens
+constexpr float kBusyMs = 100;      // and more for each of the better ones beyond 128
 constexpr double kErrLimit = 5e-4;  // relative, as everywhere: FP16's rounding alone is 2.8e-4
 
 void check(cudaError_t error) {
@@ -291,27 +292,51 @@ int run(const std::vector<Size>& sizes) {
       check(cudaEventElapsedTime(&ms, begin, end));
       each.us.push_back(ms * 1e3f / launches);
     };
+    auto median = [](const Timed& each) {
+      std::vector<float> us = each.us;
+      std::nth_element(us.begin(), us.begin() + us.size() / 2, us.end());
+      return us[us.size() / 2];
+    };
+    // The second half of the turns: the first one only warms the chip.
+    auto forget_half = [](Timed& each, int turns) {
+      each.us.erase(each.us.begin(), each.us.begin() + turns / 2);
+    };
     if (M <= 64) {
       for (int turn = 0; turn < 9; ++turn) {
         for (Timed& each : timed) time(each, each);
       }
     } else {
-      // Power decides, and what ran before decides that by more than the tiles differ: each comes after the same one, and in
-      // turns, the first half of which only warms the chip.
+      // Power decides, and what ran before decides that by more than the tiles differ: each comes after the same one.
       float ms = 0;
       for (const Timed& each : timed) ms += each.ms + timed.front().ms;
       const int turns = std::max(4, static_cast<int>(kTurnsMs * static_cast<float>(timed.size()) / ms));
       for (int turn = 0; turn < turns; ++turn) {
         for (Timed& each : timed) time(each, timed.front());
       }
-      for (Timed& each : timed) each.us.erase(each.us.begin(), each.us.begin() + turns / 2);
+      for (Timed& each : timed) forget_half(each, turns);
+    }
+    if (M > 128) {
+      // The better ones again, each for a while beside the best one, for that is how they are used: among slower tiles, which
+      // draw less, some are 10% faster.
+      const Timed& best = *std::min_element(timed.begin(), timed.end(), [&](const Timed& a, const Timed& b) {
+        return median(a) < median(b);
+      });
+      const float limit = 1.1f * median(best);
+      for (Timed& each : timed) {
+        if (median(each) > limit) continue;
+        const int turns = std::max(4, static_cast<int>(kBusyMs / (each.ms + best.ms)));
+        Timed again = each;
+        again.us.clear();
+        for (int turn = 0; turn < turns; ++turn) time(again, best);
+        forget_half(again, turns);
+        again.us.swap(each.us);
+      }
     }
     for (Timed& each : timed) {
       check(cudaGraphExecDestroy(each.replay));
-      std::sort(each.us.begin(), each.us.end());
       std::printf("%d,%d,%d,", K, N, M);
       print_tile(kTiles[each.tile_idx].tile, each.config);
-      std::printf(",%.2f\n", each.us[each.us.size() / 2]);
+      std::printf(",%.2f\n", median(each));
     }
   }
   return 0;

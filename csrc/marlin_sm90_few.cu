@@ -214,8 +214,8 @@ struct Args {
   CUtensorMap a_map;
 };
 
-// kHalves: a stage has two rows of scales.
-template <int kTokens, int kWarps, int kStages, int kPerSm, bool kHalves>
+// kHalves: a stage has two rows of scales. kShares: CTAs share tiles; without that there is less code to fetch.
+template <int kTokens, int kWarps, int kStages, int kPerSm, bool kHalves, bool kShares>
 __global__ void __launch_bounds__(32 * kWarps, kPerSm) marlin_kernel(const __grid_constant__ Args args) {
   constexpr Tile kTile{kTokens, kWarps, kStages, kPerSm};
   constexpr int kThreads = 32 * kWarps;
@@ -423,7 +423,7 @@ __global__ void __launch_bounds__(32 * kWarps, kPerSm) marlin_kernel(const __gri
   // tile, and writes them; a CTA that drew another ticket than the last one leaves its sums to that one. Other threads each time.
   auto write_tile = [&](int end, int tile, int first, int last) {
     const float* const patches_rd = patches + end % kPatches * (kWarps * kPatch);
-    const bool mine = ticket_smem[end % 2] == last - first;
+    const bool mine = !kShares || ticket_smem[end % 2] == last - first;
 #pragma unroll 1
     for (int v = (threadIdx.x + end * kPartPairs) % kThreads; v < args.tokens * kPairs; v += kThreads) {
       const int m = v / kPairs, n = tile * TILE_N + v % kPairs * 2;
@@ -478,7 +478,7 @@ __global__ void __launch_bounds__(32 * kWarps, kPerSm) marlin_kernel(const __gri
       barrier_wait(patches_full, (ends - 1) % 2);
       write_tile(ends - 1, put_off, cta, cta);
     }
-    if (threadIdx.x == 0) ticket_smem[ends % 2] = ticket;
+    if (kShares && threadIdx.x == 0) ticket_smem[ends % 2] = ticket;
     float* const patch_wr =
         patches + (ends % kPatches * kWarps + warp) * kPatch + lane % 4 * 2 * PATCH_PITCH + lane / 4;
 #pragma unroll
@@ -544,8 +544,8 @@ __global__ void __launch_bounds__(32 * kWarps, kPerSm) marlin_kernel(const __gri
   for (int tile = __umulhi(begin, args.k_magic); begin < stripe_end; ++tile) {
     const int tile_begin = tile * args.k_stages, tile_end = tile_begin + args.k_stages;
     int first = cta, last = cta;  // the CTAs that share it
-    while (begin_of(first) > tile_begin) --first;
-    while (begin_of(last + 1) < tile_end) ++last;
+    while (kShares && begin_of(first) > tile_begin) --first;
+    while (kShares && begin_of(last + 1) < tile_end) ++last;
     begin = min(stripe_end, tile_end);
     int rounds = (begin - unit + kWarps - 1) / kWarps;
     unit += rounds * kWarps;
@@ -571,10 +571,10 @@ __global__ void __launch_bounds__(32 * kWarps, kPerSm) marlin_kernel(const __gri
 // Host
 // ---------------------------------------------------------------------------------------------------------------------
 
-template <int kIdx, bool kHalves>
+template <int kIdx, bool kHalves, bool kShares>
 Status launch(const Args& args, int grid, bool overlap, cudaStream_t stream) {
   constexpr Tile kTile = kTiles[kIdx].tile;
-  const auto kernel = marlin_kernel<kTile.tokens, kTile.warps, kTile.stages, kTile.per_sm, kHalves>;
+  const auto kernel = marlin_kernel<kTile.tokens, kTile.warps, kTile.stages, kTile.per_sm, kHalves, kShares>;
   constexpr int kSmem = kTile.smem_bytes();
   if (cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kSmem) != cudaSuccess) {
     return Status::launch_failed;
@@ -593,13 +593,16 @@ Status launch(const Args& args, int grid, bool overlap, cudaStream_t stream) {
 }
 
 template <int... kIdx>
-Status launch_any(const Args& args, int grid, bool overlap, int tile_idx, bool halves, cudaStream_t stream,
+Status launch_any(const Args& args, int grid, bool overlap, int tile_idx, bool halves, bool shares, cudaStream_t stream,
                   std::integer_sequence<int, kIdx...>) {
   Status status = Status::no_config;
-  ((tile_idx == kIdx && (status = halves ? launch<kIdx, true>(args, grid, overlap, stream)
-                                         : launch<kIdx, false>(args, grid, overlap, stream),
-                         true)) ||
-   ...);
+  auto launch_tile = [&](auto idx) {
+    constexpr int kTileIdx = decltype(idx)::value;
+    const auto launch_it = halves ? (shares ? launch<kTileIdx, true, true> : launch<kTileIdx, true, false>)
+                                  : (shares ? launch<kTileIdx, false, true> : launch<kTileIdx, false, false>);
+    if (tile_idx == kTileIdx) status = launch_it(args, grid, overlap, stream);
+  };
+  (launch_tile(std::integral_constant<int, kIdx>()), ...);
   return status;
 }
 
@@ -639,7 +642,8 @@ Status run_sm90_few(const Problem& p, const Config& config, bool overlap, int32_
     return Status::launch_failed;
   }
   const bool halves = p.group != p.K && p.group % STAGE_K != 0;
-  return launch_any(args, grid, overlap, config.tile_idx, halves, static_cast<cudaStream_t>(stream),
+  const bool shares = args.longer > 0 || args.stripe % args.k_stages != 0;
+  return launch_any(args, grid, overlap, config.tile_idx, halves, shares, static_cast<cudaStream_t>(stream),
                     std::make_integer_sequence<int, kNumTiles>());
 }
 
