@@ -61,8 +61,8 @@ struct Tile {
   MARLIN_HD constexpr bool scales_sums() const { return blocks == 4 && tokens <= 32; }
   // Groups of which a stage has several have a kernel of their own. With more tokens and blocks the products hide what they cost.
   MARLIN_HD constexpr bool parts_short_groups() const { return tokens < 128 || blocks == 1; }
-  // Launches without stripes have a kernel of their own where less code counts most.
-  MARLIN_HD constexpr bool parts_sharing() const { return tokens == 16 || (blocks == 1 && tokens <= 64); }
+  // Launches of one tile a CTA have a kernel of their own, but where the compiler makes a slower loop of it.
+  MARLIN_HD constexpr bool parts_one() const { return tokens > 16 || blocks > 1; }
   // Small scales make dequantisation shorter by 4 instructions of 13, which pays up to here: with 128 tokens it costs 1 to 5%
   // where power decides. The other tiles of 96 lack the registers.
   MARLIN_HD constexpr bool wants_small() const {
@@ -356,25 +356,32 @@ struct Segment {
   int tile, begin, end;
 };
 
-// What a CTA works off, in order: its stripe, if there are any, then its whole tiles. Producer and consumers walk alike.
-template <bool kShares>
+// How tiles are dealt out. What a launch does not need is not in its kernel: instructions come from memory, too.
+enum class Deal {
+  stripes,  // as above
+  rounds,   // whole tiles
+  one,      // to each cluster, at most
+};
+
+// What a CTA works off, in order: its stripe, then its whole tiles. Producer and consumers walk alike.
+template <Deal kDeal>
 struct Walk {
   int unit;  // the next stage of the stripe, counted from the first striped tile
   int tile;  // the next whole tile
 
-  __device__ Walk(const Args& args, int cluster) : unit(kShares ? first_unit(args, cluster) : 0), tile(cluster) {}
+  __device__ Walk(const Args& args, int cluster) : unit(first_unit(args, cluster)), tile(cluster) {}
 
   __device__ static int first_unit(const Args& args, int cluster) {
+    if (kDeal != Deal::stripes) return 0;
     const int before = min(cluster, args.stripes);
     return before * args.stripe + min(before, args.longer);
   }
 
-  __device__ int left(const Args& args, int cluster) const {
-    return kShares ? first_unit(args, cluster + 1) - unit : 0;
-  }
+  __device__ int left(const Args& args, int cluster) const { return first_unit(args, cluster + 1) - unit; }
 
+  // After the first segment.
   __device__ bool more(const Args& args, int cluster) const {
-    return left(args, cluster) > 0 || tile < args.whole_tiles;
+    return kDeal != Deal::one && (left(args, cluster) > 0 || tile < args.whole_tiles);
   }
 
   __device__ bool next(const Args& args, int cluster, int clusters, Segment& segment) {
@@ -408,8 +415,8 @@ __device__ inline Corner corner_of(const Args& args, int tile, int features, int
   return {slice * features, (tile - slice * args.token_tiles) * tokens};
 }
 
-// kShortGroups: takes groups of which a stage has several, too. kShares: there are stripes.
-template <int kBlocks, int kTokens, int kGroups, int kTeams, int kCluster, bool kShortGroups, bool kShares>
+// kShortGroups: takes groups of which a stage has several, too.
+template <int kBlocks, int kTokens, int kGroups, int kTeams, int kCluster, bool kShortGroups, Deal kDeal>
 __global__ void __cluster_dims__(kCluster == 1 ? 1 : 2) __launch_bounds__(128 * (kGroups * kTeams + 1), 1)
     marlin_kernel(const __grid_constant__ Args args) {
   constexpr Tile kTile{kBlocks, kTokens, kGroups, kTeams, kCluster};
@@ -472,15 +479,15 @@ __global__ void __cluster_dims__(kCluster == 1 ? 1 : 2) __launch_bounds__(128 * 
   if (warpgroup == kWarpgroups) {
     if constexpr (kTile.moves_registers())
       asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(kTile.producer_registers()));
-    Walk<kShares> walk(args, made(cluster));
+    Walk<kDeal> walk(args, made(cluster));
     int stage = 0, parity = 1;
     Corner corner;
-    auto next_segment = [&] {
-      if (!walk.next(args, cluster, clusters, segment)) return false;
+    auto next_segment = [&](bool first = false) {
+      if ((!first && kDeal == Deal::one) || !walk.next(args, cluster, clusters, segment)) return false;
       corner = corner_of_segment();
       return true;
     };
-    bool more = next_segment();
+    bool more = next_segment(true);
     if (warp < 2) named_barrier(2, 64);  // the barriers are set up
     if (warp == 3 && elected()) {        // what is read when C is written: else that waits for DRAM
       for (; more; more = next_segment()) {
@@ -536,7 +543,7 @@ __global__ void __cluster_dims__(kCluster == 1 ? 1 : 2) __launch_bounds__(128 * 
   // ---- consumers -----------------------------------------------------------------------------------------------------
   if constexpr (kTile.moves_registers())
     asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(kTile.consumer_registers()));
-  Walk<kShares> walk(args, made(cluster));
+  Walk<kDeal> walk(args, made(cluster));
   const int team = kTeams == 1 ? 0 : warpgroup / kGroups, group = warpgroup % kGroups, g = lane / 4;
   auto feature_of = [&](uint32_t thread) {  // of the warp's rows of the tile, the first
     return group * 64 * kBlocks + static_cast<int>(thread / 32 % 4) * 16 * kBlocks;
@@ -928,7 +935,8 @@ __global__ void __cluster_dims__(kCluster == 1 ? 1 : 2) __launch_bounds__(128 * 
            __low2float(most) < SmallScales::LIMIT && __high2float(most) < SmallScales::LIMIT;
   };
   named_barrier(0, kStarters);  // the producer has set up the barriers
-  while (walk.next(args, cluster, clusters, segment)) {
+  for (bool more = walk.next(args, cluster, clusters, segment); more;
+       more = kDeal != Deal::one && walk.next(args, cluster, clusters, segment)) {
     const Corner corner = corner_of_segment();
     bool small = false;
     if constexpr (kTile.wants_small()) {
@@ -937,7 +945,7 @@ __global__ void __cluster_dims__(kCluster == 1 ? 1 : 2) __launch_bounds__(128 * 
     }
     if (first_tile) wait_for_previous_kernel();  // which may use the locks, the partials, or C
     const int count = segment.end - segment.begin;
-    const bool shared = kShares && count < args.k_stages;
+    const bool shared = kDeal == Deal::stripes && count < args.k_stages;
     const int unit0 = (segment.tile - args.whole_tiles) * args.k_stages;  // of the tile, if it is shared
     const int lock = 2 * (shared ? cluster_of(unit0) * kCtas + rank : 0);
     // Who comes last to the end of his part, bar two of thread 0's stages, sums them all: it waits for those that came before,
@@ -1073,11 +1081,11 @@ __global__ void __cluster_dims__(kCluster == 1 ? 1 : 2) __launch_bounds__(128 * 
 // Host
 // ---------------------------------------------------------------------------------------------------------------------
 
-template <int kIdx, bool kShortGroups, bool kShares>
+template <int kIdx, bool kShortGroups, Deal kDeal>
 Status launch(const Args& args, int grid, bool overlap, cudaStream_t stream) {
   constexpr Tile kTile = kTiles[kIdx].tile;
   const auto kernel = marlin_kernel<kTile.blocks, kTile.tokens, kTile.groups, kTile.teams, kTile.cluster, kShortGroups,
-                                     kShares>;
+                                     kDeal>;
   constexpr int kSmem = kTile.smem_bytes();
   if (cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kSmem) != cudaSuccess)
     return Status::launch_failed;
@@ -1098,10 +1106,11 @@ Status launch(const Args& args, int grid, bool overlap, cudaStream_t stream) {
 
 template <int kIdx, bool kShortGroups>
 Status launch(const Args& args, int grid, bool overlap, cudaStream_t stream) {
-  if constexpr (kTiles[kIdx].tile.parts_sharing()) {
-    if (args.stripes == 0) return launch<kIdx, kShortGroups, false>(args, grid, overlap, stream);
+  if (args.stripes > 0) return launch<kIdx, kShortGroups, Deal::stripes>(args, grid, overlap, stream);
+  if constexpr (kTiles[kIdx].tile.parts_one()) {
+    if (args.whole_tiles <= args.clusters) return launch<kIdx, kShortGroups, Deal::one>(args, grid, overlap, stream);
   }
-  return launch<kIdx, kShortGroups, true>(args, grid, overlap, stream);
+  return launch<kIdx, kShortGroups, Deal::rounds>(args, grid, overlap, stream);
 }
 
 template <int kIdx>
