@@ -292,15 +292,14 @@ int run(const std::vector<Size>& sizes) {
       check(cudaEventElapsedTime(&ms, begin, end));
       each.us.push_back(ms * 1e3f / launches);
     };
+    if (timed.empty()) continue;
     auto median = [](const Timed& each) {
       std::vector<float> us = each.us;
       std::nth_element(us.begin(), us.begin() + us.size() / 2, us.end());
       return us[us.size() / 2];
     };
     // The second half of the turns: the first one only warms the chip.
-    auto forget_half = [](Timed& each, int turns) {
-      each.us.erase(each.us.begin(), each.us.begin() + turns / 2);
-    };
+    auto forget_half = [](Timed& each, int turns) { each.us.erase(each.us.begin(), each.us.begin() + turns / 2); };
     if (M <= 64) {
       for (int turn = 0; turn < 9; ++turn) {
         for (Timed& each : timed) time(each, each);
@@ -318,9 +317,8 @@ int run(const std::vector<Size>& sizes) {
     if (M > 128) {
       // The better ones again, each for a while beside the best one, for that is how they are used: among slower tiles, which
       // draw less, some are 10% faster.
-      const Timed& best = *std::min_element(timed.begin(), timed.end(), [&](const Timed& a, const Timed& b) {
-        return median(a) < median(b);
-      });
+      const Timed& best = *std::min_element(timed.begin(), timed.end(),
+                                            [&](const Timed& a, const Timed& b) { return median(a) < median(b); });
       const float limit = 1.1f * median(best);
       for (Timed& each : timed) {
         if (median(each) > limit) continue;

@@ -151,33 +151,33 @@ struct TileCost {
 
 constexpr TileCost kTiles[] = {
     // 16 tokens
-    {{4, 16, 1, 2, 1}, 0.4517f, 1.66f, 4.04f, 2.47f},
-    {{2, 16, 1, 2, 2}, 0.3050f, 1.15f, 0.50f, 1.10f},
-    {{1, 16, 1, 3, 2}, 0.2000f, 1.29f, 0.84f, 1.09f},
+    {{4, 16, 1, 2, 1}, 0.4679f, 1.48f, 4.04f, 2.03f},
+    {{2, 16, 1, 2, 2}, 0.2993f, 1.12f, 0.49f, 1.08f},
+    {{1, 16, 1, 3, 2}, 0.1938f, 1.29f, 0.88f, 1.03f},
     // 32
-    {{4, 32, 1, 2, PAIR}, 0.5797f, 0.51f, 2.52f, 1.67f},
+    {{4, 32, 1, 2, PAIR}, 0.5797f, 0.48f, 3.02f, 1.65f},
     {{2, 32, 1, 2, 2}, 0.3200f, 1.16f, 0.46f, 1.25f},
     {{1, 32, 1, 3, 2}, 0.1800f, 0.77f, 0.56f, 2.20f},
     // 48
-    {{4, 48, 1, 2, PAIR}, 0.7215f, 0.11f, 3.34f, 0.16f},
+    {{4, 48, 1, 2, PAIR}, 0.7113f, 0.11f, 3.74f, 0.16f},
     {{2, 48, 1, 2, 2}, 0.4227f, 1.05f, 0.44f, 1.24f},
-    {{1, 48, 1, 3, 2}, 0.2046f, 0.96f, 0.60f, 1.90f},
+    {{1, 48, 1, 3, 2}, 0.2046f, 0.96f, 0.60f, 1.89f},
     // 64
-    {{4, 64, 1, 2, 1}, 0.8323f, 0.05f, 3.94f, 0.05f},
-    {{2, 64, 1, 2, 2}, 0.4723f, 1.92f, 0.94f, 0.40f},
-    {{1, 64, 1, 2, 2}, 0.2521f, 0.91f, 0.65f, 1.76f},
-    {{1, 64, 1, 3, 1}, 0.2686f, 0.47f, 0.47f, 1.59f},
+    {{4, 64, 1, 2, 1}, 0.8323f, 0.05f, 3.51f, 0.05f},
+    {{2, 64, 1, 2, 2}, 0.4644f, 1.92f, 0.94f, 0.38f},
+    {{1, 64, 1, 2, 2}, 0.2521f, 0.90f, 0.65f, 1.76f},
+    {{1, 64, 1, 3, 1}, 0.2621f, 0.47f, 0.47f, 1.59f},
     // 96
-    {{2, 96, 2, 1, PAIR}, 1.1930f, 0.08f, 7.52f, 0.09f},
+    {{2, 96, 2, 1, PAIR}, 1.1930f, 0.10f, 7.52f, 0.20f},
     {{1, 96, 1, 2, 1}, 0.3261f, 1.01f, 0.86f, 0.59f},
     {{1, 96, 1, 2, 2}, 0.3151f, 1.35f, 1.73f, 1.37f},
     // 128
-    {{2, 128, 2, 1, PAIR}, 1.5778f, 1.96f, 2.24f, 0.20f},
-    {{1, 128, 4, 1, PAIR}, 1.5776f, 1.88f, 2.22f, 0.46f},
-    {{1, 128, 3, 1, PAIR}, 1.1876f, 1.40f, 2.13f, 0.01f},
-    {{1, 128, 3, 1, 2}, 1.2010f, 2.04f, 1.34f, 0.22f},
-    {{2, 128, 1, 2, 1}, 0.8150f, 0.22f, 3.65f, 0.05f},
-    {{1, 128, 1, 2, 1}, 0.4193f, 1.04f, 1.02f, 0.09f},
+    {{2, 128, 2, 1, PAIR}, 1.5422f, 0.40f, 6.14f, 0.07f},
+    {{1, 128, 4, 1, PAIR}, 1.7254f, 1.88f, 2.22f, 0.46f},
+    {{1, 128, 3, 1, PAIR}, 1.1611f, 0.94f, 2.56f, 3.13f},
+    {{1, 128, 3, 1, 2}, 1.2820f, 2.04f, 1.34f, 0.41f},
+    {{2, 128, 1, 2, 1}, 0.8185f, 0.35f, 3.47f, 0.19f},
+    {{1, 128, 1, 2, 1}, 0.4191f, 0.81f, 2.41f, 0.03f},
 };
 constexpr int kNumTiles = sizeof(kTiles) / sizeof(kTiles[0]);
 
@@ -1084,8 +1084,8 @@ __global__ void __cluster_dims__(kCluster == 1 ? 1 : 2) __launch_bounds__(128 * 
 template <int kIdx, bool kShortGroups, Deal kDeal>
 Status launch(const Args& args, int grid, bool overlap, cudaStream_t stream) {
   constexpr Tile kTile = kTiles[kIdx].tile;
-  const auto kernel = marlin_kernel<kTile.blocks, kTile.tokens, kTile.groups, kTile.teams, kTile.cluster, kShortGroups,
-                                     kDeal>;
+  const auto kernel =
+      marlin_kernel<kTile.blocks, kTile.tokens, kTile.groups, kTile.teams, kTile.cluster, kShortGroups, kDeal>;
   constexpr int kSmem = kTile.smem_bytes();
   if (cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kSmem) != cudaSuccess)
     return Status::launch_failed;
