@@ -239,7 +239,8 @@ struct Args {
   float* partials;
 };
 
-template <int kBlocksN, int kBlocksM, int kWarpsN, int kWarpsM, int kTeams, int kStages>
+// kShares: CTAs may share tiles; without that there is less code to fetch.
+template <int kBlocksN, int kBlocksM, int kWarpsN, int kWarpsM, int kTeams, int kStages, bool kShares>
 __global__ void __launch_bounds__(32 * kWarpsN * kWarpsM * kTeams, 1) marlin_kernel(const Args args) {
   constexpr Tile kTile{kBlocksN, kBlocksM, kWarpsN, kWarpsM, kTeams, kStages};
   constexpr int kFeatures = kTile.features(), kSpan = kTile.span(), kTokens = kTile.tokens();
@@ -715,9 +716,11 @@ __global__ void __launch_bounds__(32 * kWarpsN * kWarpsM * kTeams, 1) marlin_ker
   auto finish_tile = [&](int tile) {
     const int n0 = tile / args.token_tiles * kFeatures;
     const int64_t m0 = static_cast<int64_t>(tile % args.token_tiles) * kTokens;
-    const int first = cta_of(tile * args.k_stages), last = cta_of((tile + 1) * args.k_stages - 1);
+    const int first = kShares ? cta_of(tile * args.k_stages) : cta;
+    const int last = kShares ? cta_of((tile + 1) * args.k_stages - 1) : cta;
     bool writes = first == last;
-    if constexpr (kTeams == 1) {
+    if constexpr (!kShares) {
+    } else if constexpr (kTeams == 1) {
       if (!writes) writes = reduce_in_place(first, last, p.M - m0);
     } else {
       if (!writes) writes = reduce_across_ctas(first, last, p.M - m0);
@@ -783,11 +786,11 @@ __global__ void __launch_bounds__(32 * kWarpsN * kWarpsM * kTeams, 1) marlin_ker
 // Host
 // ---------------------------------------------------------------------------------------------------------------------
 
-template <int kIdx>
+template <int kIdx, bool kShares>
 Status launch(const Args& args, int grid, bool overlap, int least_smem, cudaStream_t stream) {
   constexpr Tile kTile = kTiles[kIdx].tile;
   const auto kernel =
-      marlin_kernel<kTile.blocks_n, kTile.blocks_m, kTile.warps_n, kTile.warps_m, kTile.teams, kTile.stages>;
+      marlin_kernel<kTile.blocks_n, kTile.blocks_m, kTile.warps_n, kTile.warps_m, kTile.teams, kTile.stages, kShares>;
   if (overlap) {  // made for older GPUs and translated for this one, the kernel would not wait
     static const int kPtxVersion = [kernel] {
       cudaFuncAttributes attributes;
@@ -816,7 +819,14 @@ template <int... kIdx>
 Status launch_any(const Args& args, int grid, bool overlap, int least_smem, int tile_idx, cudaStream_t stream,
                   std::integer_sequence<int, kIdx...>) {
   Status status = Status::no_config;
-  ((tile_idx == kIdx && (status = launch<kIdx>(args, grid, overlap, least_smem, stream), true)) || ...);
+  const bool shares = args.longer > 0 || args.stripe % args.k_stages != 0;
+  auto launch_tile = [&](auto idx) {
+    constexpr int kTileIdx = decltype(idx)::value;
+    constexpr bool kApart = kTiles[kTileIdx].tile.tokens() <= 64;  // beyond that it makes no difference
+    const auto launch_it = kApart && !shares ? launch<kTileIdx, !kApart> : launch<kTileIdx, true>;
+    if (tile_idx == kTileIdx) status = launch_it(args, grid, overlap, least_smem, stream);
+  };
+  (launch_tile(std::integral_constant<int, kIdx>()), ...);
   return status;
 }
 

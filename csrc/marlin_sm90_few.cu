@@ -237,8 +237,10 @@ __global__ void __launch_bounds__(32 * kWarps, kPerSm) marlin_kernel(const __gri
   const uint32_t ring = smem_address(smem) + kWarps * kTile.mapped_bytes() + warp * kRingBytes;
   float* const patches = reinterpret_cast<float*>(smem + kWarps * (kTile.mapped_bytes() + kRingBytes));
 
-  auto begin_of = [&](int of) { return of * args.stripe + min(of, args.longer); };
-  const int stripe_begin = begin_of(cta), stripe_end = begin_of(cta + 1);
+  // A CTA that shares no tile takes every gridDim.x-th: so CTAs side by side read rows of B side by side.
+  auto begin_of = [&](int of) { return kShares ? of * args.stripe + min(of, args.longer) : 0; };
+  const int stripe_begin = begin_of(cta), stripe_end = kShares ? begin_of(cta + 1) : args.stripe;
+  auto column_of = [&](int tile) { return (kShares ? tile : tile * static_cast<int>(gridDim.x) + cta) * TILE_N; };
   int begin = stripe_begin;        // of this CTA's next part of a tile
   int unit = stripe_begin + warp;  // this warp's next stage in the line
 
@@ -256,7 +258,8 @@ __global__ void __launch_bounds__(32 * kWarps, kPerSm) marlin_kernel(const __gri
   const char* s_column;         // where the first row of scales has this lane's piece
 
   auto plan_loads = [&] {
-    const int tile = __umulhi(load_unit, args.k_magic), k = load_unit - tile * args.k_stages, n0 = tile * TILE_N;
+    const int tile = __umulhi(load_unit, args.k_magic), k = load_unit - tile * args.k_stages;
+    const int n0 = column_of(tile);
     load_k16 = k * STEPS;
     b_gmem =
         static_cast<const char*>(args.B) + static_cast<uint64_t>(load_k16) * args.b_row_bytes + (n0 * 8 + lane * 16);
@@ -426,7 +429,7 @@ __global__ void __launch_bounds__(32 * kWarps, kPerSm) marlin_kernel(const __gri
     const bool mine = !kShares || ticket_smem[end % 2] == last - first;
 #pragma unroll 1
     for (int v = (threadIdx.x + end * kPartPairs) % kThreads; v < args.tokens * kPairs; v += kThreads) {
-      const int m = v / kPairs, n = tile * TILE_N + v % kPairs * 2;
+      const int m = v / kPairs, n = column_of(tile) + v % kPairs * 2;
       const float* const patch_rd = patches_rd + m * PATCH_PITCH + v % kPairs * 2;
       float2 sum = make_float2(0, 0);
 #pragma unroll
