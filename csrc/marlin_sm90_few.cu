@@ -214,8 +214,14 @@ struct Args {
   CUtensorMap a_map;
 };
 
-// kHalves: a stage has two rows of scales. kShares: CTAs share tiles; without that there is less code to fetch.
-template <int kTokens, int kWarps, int kStages, int kPerSm, bool kHalves, bool kShares>
+enum class Scales {
+  channelwise,  // one a feature
+  whole,        // a stage has one row
+  halves,       // or two
+};
+
+// kShares: CTAs share tiles; without that there is less code to fetch.
+template <int kTokens, int kWarps, int kStages, int kPerSm, Scales kScales, bool kShares>
 __global__ void __launch_bounds__(32 * kWarps, kPerSm) marlin_kernel(const __grid_constant__ Args args) {
   constexpr Tile kTile{kTokens, kWarps, kStages, kPerSm};
   constexpr int kThreads = 32 * kWarps;
@@ -225,7 +231,7 @@ __global__ void __launch_bounds__(32 * kWarps, kPerSm) marlin_kernel(const __gri
   launch_dependents();
   const int cta = blockIdx.x;
   const int lane = threadIdx.x % 32, warp = __shfl_sync(0xffffffff, threadIdx.x / 32, 0);  // uniform: scalar registers
-  const bool grouped = args.group_magic != 0;
+  constexpr bool kGrouped = kScales != Scales::channelwise, kHalves = kScales == Scales::halves;
 
   constexpr bool kMapsA = kTile.maps_a();
   extern __shared__ __align__(1024) unsigned char smem[];
@@ -250,7 +256,7 @@ __global__ void __launch_bounds__(32 * kWarps, kPerSm) marlin_kernel(const __gri
   const uint32_t b_wr = made(ring + lane * 16);  // and where it puts s, behind kSOffset
   const uint32_t a_wr = made(ring + kAOffset + row * 128 + ((piece ^ row) << 4));
   const uint32_t a_wr4 = (a_wr ^ 64) + 512;  // row + 4
-  const bool s_mine = grouped && row < (kHalves ? 2 : 1);
+  const bool s_mine = kGrouped && row < (kHalves ? 2 : 1);
   int load_unit = unit;         // this warp's first stage that is not in the plan
   int easy = 0;                 // the plan: so many whole stages, one after the other down a tile
   int load_k16;                 // the first k16 row of the next
@@ -269,7 +275,7 @@ __global__ void __launch_bounds__(32 * kWarps, kPerSm) marlin_kernel(const __gri
     easy = static_cast<uint32_t>(max(0, min(args.whole_stages - k, stripe_end - load_unit)) + kWarps - 1) / kWarps;
     load_unit += easy * kWarps;
     // What is read when C is written, 128 bytes each: else that waits for DRAM.
-    if (lane == 0 && !grouped) prefetch(s_column);
+    if (lane == 0 && !kGrouped) prefetch(s_column);
     if (lane == 0 && args.bias != nullptr && n0 < args.n_c) prefetch(args.bias + n0);
   };
   auto load_scales = [&](uint32_t to, int k16) {
@@ -367,7 +373,7 @@ __global__ void __launch_bounds__(32 * kWarps, kPerSm) marlin_kernel(const __gri
 #pragma unroll
       for (int j = 0; j < kBlocks; ++j) ldmatrix_x4(right[i][j], right[i + 1][j], a_rd[i / 2] + a_at + j * 1024);
     }
-    load_smem(scales[0], s_rd + at);
+    if (kGrouped) load_smem(scales[0], s_rd + at);
     if (kHalves) load_smem(scales[1], s_rd + at + S_BYTES / 2);
     load_stage(slot_wr);
     slot_wr = slot_rd;
@@ -377,7 +383,7 @@ __global__ void __launch_bounds__(32 * kWarps, kPerSm) marlin_kernel(const __gri
     auto add_scaled = [&](const uint32_t (&pairs)[4]) {
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
-        const float2 scale = __half22float2(as_half2(pairs[i]));
+        const float2 scale = kGrouped ? __half22float2(as_half2(pairs[i])) : make_float2(1, 1);
 #pragma unroll
         for (int j = 0; j < kBlocks; ++j) {
 #pragma unroll
@@ -424,13 +430,22 @@ __global__ void __launch_bounds__(32 * kWarps, kPerSm) marlin_kernel(const __gri
 
   // Adds up the pairs of sums that a tile's end left, over the warps and over the CTAs from first to last, which share the
   // tile, and writes them; a CTA that drew another ticket than the last one leaves its sums to that one. Other threads each time.
-  auto write_tile = [&](int end, int tile, int first, int last) {
+  // Features that a thread adds up, of any tile and token, and what scales channelwise sums there: asked for ahead of a wait.
+  static_assert(kPairs == 32 && kThreads % 32 == 0);
+  auto feature_of = [&](int tile) { return column_of(tile) + lane * 2; };
+  auto scales_of = [&](int tile) {
+    if constexpr (kGrouped) return make_float2(1, 1);
+    const half* const s = static_cast<const half*>(args.s);
+    const int n = feature_of(tile);
+    return make_float2(__half2float(s[scale_of_channelwise(n)]), __half2float(s[scale_of_channelwise(n + 1)]));
+  };
+  auto write_tile = [&](int end, int tile, int first, int last, float2 scales) {
     const float* const patches_rd = patches + end % kPatches * (kWarps * kPatch);
     const bool mine = !kShares || ticket_smem[end % 2] == last - first;
 #pragma unroll 1
     for (int v = (threadIdx.x + end * kPartPairs) % kThreads; v < args.tokens * kPairs; v += kThreads) {
-      const int m = v / kPairs, n = column_of(tile) + v % kPairs * 2;
-      const float* const patch_rd = patches_rd + m * PATCH_PITCH + v % kPairs * 2;
+      const int m = v / kPairs, n = feature_of(tile);
+      const float* const patch_rd = patches_rd + m * PATCH_PITCH + lane * 2;
       float2 sum = make_float2(0, 0);
 #pragma unroll
       for (int w = 0; w < kWarps; ++w) {
@@ -452,10 +467,7 @@ __global__ void __launch_bounds__(32 * kWarps, kPerSm) marlin_kernel(const __gri
       }
       if (n >= args.n_c) continue;
       const bool both = n + 1 < args.n_c;
-      if (!grouped) {
-        sum.x *= __half2float(static_cast<const half*>(args.s)[scale_of_channelwise(n)]);
-        sum.y *= __half2float(static_cast<const half*>(args.s)[scale_of_channelwise(n + 1)]);
-      }
+      if (!kGrouped) sum.x *= scales.x, sum.y *= scales.y;
       if (args.bias != nullptr) {
         sum.x += __half2float(args.bias[n]);
         if (both) sum.y += __half2float(args.bias[n + 1]);
@@ -478,8 +490,9 @@ __global__ void __launch_bounds__(32 * kWarps, kPerSm) marlin_kernel(const __gri
   auto finish_tile = [&](int tile, int first, int last, int ticket) {
     if (kPatches == 1 && ends > 0) barrier_wait(patches_free, (ends - 1) % 2);
     if (put_off >= 0) {
+      const float2 scales = scales_of(put_off);
       barrier_wait(patches_full, (ends - 1) % 2);
-      write_tile(ends - 1, put_off, cta, cta);
+      write_tile(ends - 1, put_off, cta, cta, scales);
     }
     if (kShares && threadIdx.x == 0) ticket_smem[ends % 2] = ticket;
     float* const patch_wr =
@@ -499,8 +512,9 @@ __global__ void __launch_bounds__(32 * kWarps, kPerSm) marlin_kernel(const __gri
     barrier_arrive(patches_full);
     put_off = kPatches == 2 && first == last && begin < stripe_end ? tile : -1;
     if (put_off < 0) {
+      const float2 scales = scales_of(tile);
       barrier_wait(patches_full, ends % 2);
-      write_tile(ends, tile, first, last);
+      write_tile(ends, tile, first, last, scales);
       if (kPatches == 1) barrier_arrive(patches_free);
     }
     ++ends;
@@ -535,13 +549,6 @@ __global__ void __launch_bounds__(32 * kWarps, kPerSm) marlin_kernel(const __gri
     if (kPatches == 1) barrier_init(patches_free, kThreads);
   }
   __syncthreads();
-  if (!grouped) {  // channelwise: ones here, the scales when C is written
-#pragma unroll 1
-    for (int i = 0; i < kStages; ++i) {
-      if (lane < S_BYTES / 16) store_smem16(b_wr + i * kStageBytes + kSOffset, 0x3c003c00);
-    }
-    __syncwarp();
-  }
 
 #pragma unroll 1
   for (int tile = __umulhi(begin, args.k_magic); begin < stripe_end; ++tile) {
@@ -574,10 +581,10 @@ __global__ void __launch_bounds__(32 * kWarps, kPerSm) marlin_kernel(const __gri
 // Host
 // ---------------------------------------------------------------------------------------------------------------------
 
-template <int kIdx, bool kHalves, bool kShares>
+template <int kIdx, Scales kScales, bool kShares>
 Status launch(const Args& args, int grid, bool overlap, cudaStream_t stream) {
   constexpr Tile kTile = kTiles[kIdx].tile;
-  const auto kernel = marlin_kernel<kTile.tokens, kTile.warps, kTile.stages, kTile.per_sm, kHalves, kShares>;
+  const auto kernel = marlin_kernel<kTile.tokens, kTile.warps, kTile.stages, kTile.per_sm, kScales, kShares>;
   constexpr int kSmem = kTile.smem_bytes();
   if (cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kSmem) != cudaSuccess) {
     return Status::launch_failed;
@@ -595,17 +602,26 @@ Status launch(const Args& args, int grid, bool overlap, cudaStream_t stream) {
   return cudaLaunchKernelEx(&config, kernel, args) == cudaSuccess ? Status::ok : Status::launch_failed;
 }
 
-template <int... kIdx>
-Status launch_any(const Args& args, int grid, bool overlap, int tile_idx, bool halves, bool shares, cudaStream_t stream,
-                  std::integer_sequence<int, kIdx...>) {
-  Status status = Status::no_config;
-  auto launch_tile = [&](auto idx) {
-    constexpr int kTileIdx = decltype(idx)::value;
-    const auto launch_it = halves ? (shares ? launch<kTileIdx, true, true> : launch<kTileIdx, true, false>)
-                                  : (shares ? launch<kTileIdx, false, true> : launch<kTileIdx, false, false>);
-    if (tile_idx == kTileIdx) status = launch_it(args, grid, overlap, stream);
+template <int kIdx>
+Status launch_tile(const Args& args, int grid, bool overlap, Scales scales, bool shares, cudaStream_t stream) {
+  auto launch_it = [&](auto value) {
+    constexpr Scales kScales = decltype(value)::value;
+    return shares ? launch<kIdx, kScales, true>(args, grid, overlap, stream)
+                  : launch<kIdx, kScales, false>(args, grid, overlap, stream);
   };
-  (launch_tile(std::integral_constant<int, kIdx>()), ...);
+  switch (scales) {
+    case Scales::channelwise: return launch_it(std::integral_constant<Scales, Scales::channelwise>());
+    case Scales::whole: return launch_it(std::integral_constant<Scales, Scales::whole>());
+    case Scales::halves: return launch_it(std::integral_constant<Scales, Scales::halves>());
+  }
+  return Status::no_config;
+}
+
+template <int... kIdx>
+Status launch_any(const Args& args, int grid, bool overlap, int tile_idx, Scales scales, bool shares,
+                  cudaStream_t stream, std::integer_sequence<int, kIdx...>) {
+  Status status = Status::no_config;
+  ((tile_idx == kIdx && (status = launch_tile<kIdx>(args, grid, overlap, scales, shares, stream), true)) || ...);
   return status;
 }
 
@@ -644,9 +660,9 @@ Status run_sm90_few(const Problem& p, const Config& config, bool overlap, int32_
                                    tile.tokens, STAGE_K, CU_TENSOR_MAP_SWIZZLE_128B)) {
     return Status::launch_failed;
   }
-  const bool halves = p.group != p.K && p.group % STAGE_K != 0;
+  const Scales scales = p.group == p.K ? Scales::channelwise : p.group % STAGE_K == 0 ? Scales::whole : Scales::halves;
   const bool shares = args.longer > 0 || args.stripe % args.k_stages != 0;
-  return launch_any(args, grid, overlap, config.tile_idx, halves, shares, static_cast<cudaStream_t>(stream),
+  return launch_any(args, grid, overlap, config.tile_idx, scales, shares, static_cast<cudaStream_t>(stream),
                     std::make_integer_sequence<int, kNumTiles>());
 }
 

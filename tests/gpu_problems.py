@@ -95,6 +95,7 @@ class Kind(NamedTuple):
     tile_idx: int
     shared: bool  # whether CTAs share output tiles
     long: bool  # whether a CTA goes round its ring of stages several times
+    several: bool  # whether a CTA, or a cluster of two, writes several tiles
 
 
 LONG = 64  # pieces of k64 x tile in the stripe of a CTA: twice what any ring holds
@@ -121,7 +122,7 @@ def cases_of_all_configs() -> dict[Kind, Case]:
                     continue
                 tiles = -(-N // config["features"]) * -(-M // config["tokens"])
                 long = tiles * -(-K // 64) >= LONG * config["grid"]
-                kind = Kind(backend, tile_idx, config["num_locks"] > 0, long)
+                kind = Kind(backend, tile_idx, config["num_locks"] > 0, long, tiles > config["grid"])
                 found.setdefault(kind, Case(M, K, N, group, sms, backend, tile_idx))
     return found
 
