@@ -122,7 +122,9 @@ def cases_of_all_configs() -> dict[Kind, Case]:
                     continue
                 tiles = -(-N // config["features"]) * -(-M // config["tokens"])
                 long = tiles * -(-K // 64) >= LONG * config["grid"]
-                kind = Kind(backend, tile_idx, config["num_locks"] > 0, long, tiles > config["grid"])
+                kind = Kind(
+                    backend, tile_idx, config["num_locks"] > 0, long, tiles > config["grid"]
+                )
                 found.setdefault(kind, Case(M, K, N, group, sms, backend, tile_idx))
     return found
 
