@@ -95,7 +95,7 @@ class Kind(NamedTuple):
     tile_idx: int
     shared: bool  # whether CTAs share output tiles
     long: bool  # whether a CTA goes round its ring of stages several times
-    several: bool  # whether a CTA, or a cluster of two, writes several tiles
+    several: bool  # whether there are more tiles than CTAs
 
 
 LONG = 64  # pieces of k64 x tile in the stripe of a CTA: twice what any ring holds
