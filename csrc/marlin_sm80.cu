@@ -718,14 +718,14 @@ __global__ void __launch_bounds__(32 * kWarpsN * kWarpsM * kTeams, 1) marlin_ker
     const int64_t m0 = static_cast<int64_t>(tile % args.token_tiles) * kTokens;
     const int first = kShares ? cta_of(tile * args.k_stages) : cta;
     const int last = kShares ? cta_of((tile + 1) * args.k_stages - 1) : cta;
-    bool writes = first == last;
-    if constexpr (!kShares) {
-    } else if constexpr (kTeams == 1) {
-      if (!writes) writes = reduce_in_place(first, last, p.M - m0);
-    } else {
-      if (!writes) writes = reduce_across_ctas(first, last, p.M - m0);
+    if (first != last) {
+      if constexpr (kShares && kTeams == 1) {
+        if (!reduce_in_place(first, last, p.M - m0)) return;
+      } else if constexpr (kShares) {
+        if (!reduce_across_ctas(first, last, p.M - m0)) return;
+      }
     }
-    if (writes) write_tile(n0, m0);
+    write_tile(n0, m0);
   };
 
   // ---- main loop -----------------------------------------------------------------------------------------------------
@@ -815,18 +815,19 @@ Status launch(const Args& args, int grid, bool overlap, int least_smem, cudaStre
   return cudaLaunchKernelEx(&config, kernel, args) == cudaSuccess ? Status::ok : Status::launch_failed;
 }
 
+template <int kIdx>
+Status launch_tile(const Args& args, int grid, bool overlap, int least_smem, bool shares, cudaStream_t stream) {
+  if constexpr (kTiles[kIdx].tile.tokens() <= 64) {  // beyond that it makes no difference
+    if (!shares) return launch<kIdx, false>(args, grid, overlap, least_smem, stream);
+  }
+  return launch<kIdx, true>(args, grid, overlap, least_smem, stream);
+}
+
 template <int... kIdx>
-Status launch_any(const Args& args, int grid, bool overlap, int least_smem, int tile_idx, cudaStream_t stream,
-                  std::integer_sequence<int, kIdx...>) {
+Status launch_any(const Args& args, int grid, bool overlap, int least_smem, int tile_idx, bool shares,
+                  cudaStream_t stream, std::integer_sequence<int, kIdx...>) {
   Status status = Status::no_config;
-  const bool shares = args.longer > 0 || args.stripe % args.k_stages != 0;
-  auto launch_tile = [&](auto idx) {
-    constexpr int kTileIdx = decltype(idx)::value;
-    constexpr bool kApart = kTiles[kTileIdx].tile.tokens() <= 64;  // beyond that it makes no difference
-    const auto launch_it = kApart && !shares ? launch<kTileIdx, !kApart> : launch<kTileIdx, true>;
-    if (tile_idx == kTileIdx) status = launch_it(args, grid, overlap, least_smem, stream);
-  };
-  (launch_tile(std::integral_constant<int, kIdx>()), ...);
+  ((tile_idx == kIdx && (status = launch_tile<kIdx>(args, grid, overlap, least_smem, shares, stream), true)) || ...);
   return status;
 }
 
@@ -880,8 +881,8 @@ Status run_sm80(const Problem& p, const Config& config, bool overlap, int32_t* l
       (cudaGetDevice(&device) != cudaSuccess || cudaDeviceGetAttribute(&sm_bytes, kPerSm, device) != cudaSuccess)) {
     return Status::launch_failed;
   }
-  return launch_any(args, grid, overlap, sm_bytes / 2, config.tile_idx, static_cast<cudaStream_t>(stream),
-                    std::make_integer_sequence<int, kNumTiles>());
+  return launch_any(args, grid, overlap, sm_bytes / 2, config.tile_idx, config.num_locks > 0,
+                    static_cast<cudaStream_t>(stream), std::make_integer_sequence<int, kNumTiles>());
 }
 
 }  // namespace marlin

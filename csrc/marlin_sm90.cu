@@ -151,33 +151,34 @@ struct TileCost {
 
 constexpr TileCost kTiles[] = {
     // 16 tokens
-    {{4, 16, 1, 2, 1}, 0.4679f, 1.48f, 4.04f, 2.03f},
-    {{2, 16, 1, 2, 2}, 0.2993f, 1.12f, 0.49f, 1.08f},
-    {{1, 16, 1, 3, 2}, 0.1938f, 1.29f, 0.88f, 1.03f},
+    {{4, 16, 1, 2, 1}, 0.5229f, 0.59f, 1.77f, 0.98f},
+    {{2, 16, 1, 2, 2}, 0.2483f, 1.06f, 0.28f, 2.03f},
+    {{1, 16, 1, 3, 2}, 0.1317f, 1.31f, 0.61f, 1.65f},
     // 32
-    {{4, 32, 1, 2, PAIR}, 0.5797f, 0.48f, 3.02f, 1.65f},
-    {{2, 32, 1, 2, 2}, 0.3200f, 1.16f, 0.46f, 1.25f},
-    {{1, 32, 1, 3, 2}, 0.1800f, 0.77f, 0.56f, 2.20f},
+    {{4, 32, 1, 2, PAIR}, 0.6169f, 0.29f, 1.60f, 0.60f},
+    {{2, 32, 1, 2, 2}, 0.3167f, 1.51f, 0.52f, 0.53f},
+    {{1, 32, 1, 3, 2}, 0.1704f, 0.60f, 0.82f, 1.80f},
     // 48
-    {{4, 48, 1, 2, PAIR}, 0.7113f, 0.11f, 3.74f, 0.16f},
-    {{2, 48, 1, 2, 2}, 0.4227f, 1.05f, 0.44f, 1.24f},
-    {{1, 48, 1, 3, 2}, 0.2046f, 0.96f, 0.60f, 1.89f},
+    {{4, 48, 1, 2, PAIR}, 0.7044f, 0.23f, 3.49f, 0.00f},
+    {{2, 48, 1, 2, 2}, 0.3616f, 1.70f, 0.83f, 0.48f},
+    {{1, 48, 1, 3, 2}, 0.1939f, 0.98f, 0.77f, 1.49f},
     // 64
-    {{4, 64, 1, 2, 1}, 0.8323f, 0.05f, 3.51f, 0.05f},
-    {{2, 64, 1, 2, 2}, 0.4644f, 1.92f, 0.94f, 0.38f},
-    {{1, 64, 1, 2, 2}, 0.2521f, 0.90f, 0.65f, 1.76f},
-    {{1, 64, 1, 3, 1}, 0.2621f, 0.47f, 0.47f, 1.59f},
+    {{4, 64, 1, 2, 1}, 0.8562f, 0.12f, 2.39f, 0.00f},
+    {{2, 64, 1, 2, 2}, 0.4152f, 2.24f, 1.94f, 0.00f},
+    {{1, 64, 1, 2, 2}, 0.2339f, 1.45f, 0.80f, 0.88f},
+    {{1, 64, 1, 3, 1}, 0.2513f, 1.14f, 0.52f, 0.75f},
     // 96
-    {{2, 96, 2, 1, PAIR}, 1.1930f, 0.10f, 7.52f, 0.20f},
-    {{1, 96, 1, 2, 1}, 0.3261f, 1.01f, 0.86f, 0.59f},
-    {{1, 96, 1, 2, 2}, 0.3151f, 1.35f, 1.73f, 1.37f},
+    {{2, 96, 2, 1, PAIR}, 1.2295f, 0.03f, 5.74f, 0.01f},
+    {{1, 96, 1, 2, 1}, 0.3150f, 1.57f, 0.57f, 0.05f},
+    {{1, 96, 1, 2, 2}, 0.3014f, 2.26f, 0.69f, 0.16f},
     // 128
-    {{2, 128, 2, 1, PAIR}, 1.5422f, 0.40f, 6.14f, 0.07f},
-    {{1, 128, 4, 1, PAIR}, 1.7254f, 1.88f, 2.22f, 0.46f},
-    {{1, 128, 3, 1, PAIR}, 1.1611f, 0.94f, 2.56f, 3.13f},
-    {{1, 128, 3, 1, 2}, 1.2820f, 2.04f, 1.34f, 0.41f},
-    {{2, 128, 1, 2, 1}, 0.8185f, 0.35f, 3.47f, 0.19f},
-    {{1, 128, 1, 2, 1}, 0.4191f, 0.81f, 2.41f, 0.03f},
+    {{2, 128, 2, 1, PAIR}, 1.6062f, 0.30f, 6.80f, 0.00f},
+    {{1, 128, 2, 1, PAIR}, 0.8328f, 0.41f, 2.45f, 0.45f},
+    {{1, 128, 4, 1, PAIR}, 1.6182f, 0.23f, 3.02f, 1.96f},
+    {{1, 128, 3, 1, PAIR}, 1.2214f, 0.29f, 3.34f, 0.75f},
+    {{1, 128, 3, 1, 2}, 1.2705f, 1.93f, 1.72f, 0.15f},
+    {{2, 128, 1, 2, 1}, 0.8313f, 1.19f, 1.46f, 0.00f},
+    {{1, 128, 1, 2, 1}, 0.4317f, 0.51f, 1.01f, 0.00f},
 };
 constexpr int kNumTiles = sizeof(kTiles) / sizeof(kTiles[0]);
 
@@ -360,7 +361,7 @@ struct Segment {
 enum class Deal {
   stripes,  // as above
   rounds,   // whole tiles
-  one,      // to each cluster, at most
+  one,      // to each cluster, at most; without a bias, and in a single band
 };
 
 // What a CTA works off, in order: its stripe, then its whole tiles. Producer and consumers walk alike.
@@ -405,8 +406,9 @@ struct Corner {
 };
 
 // Tiles in bands of tokens, in a band slice by slice: what runs at once shares weights and activations in L2.
+template <Deal kDeal>
 __device__ inline Corner corner_of(const Args& args, int tile, int features, int tokens) {
-  if (__builtin_expect(args.token_tiles > BAND, false)) {
+  if (kDeal != Deal::one && __builtin_expect(args.token_tiles > BAND, false)) {
     const int band_tiles = BAND * args.slices, band = tile / band_tiles, rest = tile - band * band_tiles;
     const int width = min(BAND, args.token_tiles - band * BAND);
     return {rest / width * features, (band * BAND + rest % width) * tokens};
@@ -438,6 +440,7 @@ __global__ void __cluster_dims__(kCluster == 1 ? 1 : 2) __launch_bounds__(128 * 
   const uint32_t inbox_full = smem_address(inbox_barriers), inbox_free = inbox_full + 8;
   const uint32_t full = smem_address(full_barriers), empty = smem_address(empty_barriers);
   const Problem& p = args.p;
+  const bool biased = kDeal != Deal::one && p.bias != nullptr;
   // shfl: for the compiler, the warp's index is then uniform, and with it all that follows from it
   const int warp_index = __shfl_sync(0xffffffff, threadIdx.x / 32, 0);
   const int warpgroup = warp_index / 4, warp = warp_index % 4, lane = threadIdx.x % 32;
@@ -470,7 +473,7 @@ __global__ void __cluster_dims__(kCluster == 1 ? 1 : 2) __launch_bounds__(128 * 
   const int clusters = args.clusters;
   Segment segment{};
   auto corner_of_segment = [&] {
-    Corner corner = corner_of(args, segment.tile, kFeatures * kPair, kTokens);
+    Corner corner = corner_of<kDeal>(args, segment.tile, kFeatures * kPair, kTokens);
     if (kPair > 1) corner.n0 += rank * kFeatures;
     return corner;
   };
@@ -494,7 +497,7 @@ __global__ void __cluster_dims__(kCluster == 1 ? 1 : 2) __launch_bounds__(128 * 
 #pragma unroll
         for (int n = corner.n0; n < corner.n0 + kFeatures; n += 64) {
           if (args.group_stages == 0 && n < p.N) prefetch(static_cast<const half*>(p.s) + n);
-          if (p.bias != nullptr && n < p.N_C) prefetch(static_cast<const half*>(p.bias) + n);
+          if (biased && n < p.N_C) prefetch(static_cast<const half*>(p.bias) + n);
         }
       }
     }
@@ -808,7 +811,7 @@ __global__ void __cluster_dims__(kCluster == 1 ? 1 : 2) __launch_bounds__(128 * 
   // ---- write -------------------------------------------------------------------------------------------------------------
   // Channelwise scales and the bias, of features g + 8 i; ahead of the sums over teams and clusters where registers are left.
   constexpr bool kLoadsEarly = kBlocks == 1 && kTokens <= 96;
-  const bool for_c = !grouped || p.bias != nullptr;
+  const bool for_c = !grouped || biased;
   half scales_c[2 * kBlocks], bias_c[2 * kBlocks];
   auto load_for_c = [&](const Corner& corner) {
     const uint32_t thread = made(threadIdx.x);
@@ -817,7 +820,7 @@ __global__ void __cluster_dims__(kCluster == 1 ? 1 : 2) __launch_bounds__(128 * 
     for (int i = 0; i < 2 * kBlocks; ++i) {
       const int n = min(n0 + 8 * i, static_cast<int>(p.N_C) - 1);
       scales_c[i] = grouped ? __float2half(1.f) : static_cast<const half*>(p.s)[scale_of_channelwise(n)];
-      bias_c[i] = p.bias == nullptr ? __float2half(0.f) : static_cast<const half*>(p.bias)[n];
+      bias_c[i] = biased ? static_cast<const half*>(p.bias)[n] : __float2half(0.f);
     }
   };
   // The warps of a chunk leave it in a patch, tokens as rows, and write it to C, 128 bytes of a token at a time.
@@ -1108,7 +1111,8 @@ template <int kIdx, bool kShortGroups>
 Status launch(const Args& args, int grid, bool overlap, cudaStream_t stream) {
   if (args.stripes > 0) return launch<kIdx, kShortGroups, Deal::stripes>(args, grid, overlap, stream);
   if constexpr (kTiles[kIdx].tile.parts_one()) {
-    if (args.whole_tiles <= args.clusters) return launch<kIdx, kShortGroups, Deal::one>(args, grid, overlap, stream);
+    if (args.whole_tiles <= args.clusters && args.token_tiles <= BAND && args.p.bias == nullptr)
+      return launch<kIdx, kShortGroups, Deal::one>(args, grid, overlap, stream);
   }
   return launch<kIdx, kShortGroups, Deal::rounds>(args, grid, overlap, stream);
 }

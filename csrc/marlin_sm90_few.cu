@@ -61,13 +61,13 @@ struct TileCost {
 
 constexpr TileCost kTiles[] = {
     // 1 token
-    {{1, 16, 3, 1}, 0.0606f, 0.45f, 0.33f, 0.65f},
-    {{1, 8, 3, 2}, 0.0044f, 0.45f, 0.33f, 2.76f},
+    {{1, 16, 3, 1}, 0.0000f, 0.34f, 0.40f, 1.34f},
+    {{1, 8, 3, 2}, 0.0000f, 0.60f, 0.31f, 1.52f},
     // 8
-    {{8, 16, 3, 1}, 0.0647f, 0.48f, 0.28f, 1.02f},
-    {{8, 8, 3, 2}, 0.0043f, 0.45f, 3.47f, 1.25f},
+    {{8, 16, 3, 1}, 0.0637f, 0.48f, 0.27f, 1.13f},
+    {{8, 8, 3, 2}, 0.0055f, 0.47f, 3.10f, 1.07f},
     // 16
-    {{16, 12, 3, 1}, 0.0730f, 1.72f, 0.49f, 0.10f},
+    {{16, 12, 3, 1}, 0.1019f, 0.96f, 0.64f, 0.70f},
 };
 constexpr int kNumTiles = sizeof(kTiles) / sizeof(kTiles[0]);
 
@@ -199,7 +199,7 @@ struct Args {
   int longer;                                      // ... and one more for this many first CTAs
   int k_stages;                                    // stages in a tile of C: ceil(K / 64)
   uint32_t k_magic;                                // ceil(2^32 / k_stages), which divides by __umulhi
-  uint32_t group_magic;                            // the same for group / 16; 0 for channelwise
+  uint32_t group_magic;                            // the same for group / 16, if not channelwise
   int k16_rows;                                    // K / 16
   uint32_t b_row_bytes, s_row_bytes, a_row_bytes;  // of a k16 row of B, of a row of s, of A
   int tokens, whole_stages;                        // M, stages of A that are full: K_A / 64
@@ -641,7 +641,7 @@ Status run_sm90_few(const Problem& p, const Config& config, bool overlap, int32_
   args.longer = static_cast<int>(total % grid);
   args.k_stages = static_cast<int>(stages);
   args.k_magic = magic_of(stages);
-  args.group_magic = p.group == p.K ? 0 : magic_of(p.group / TILE_K);
+  args.group_magic = magic_of(p.group / TILE_K);
   args.k16_rows = static_cast<int>(p.K / TILE_K);
   args.b_row_bytes = static_cast<uint32_t>(8 * p.N);
   args.s_row_bytes = static_cast<uint32_t>(2 * p.N);
@@ -661,7 +661,7 @@ Status run_sm90_few(const Problem& p, const Config& config, bool overlap, int32_
     return Status::launch_failed;
   }
   const Scales scales = p.group == p.K ? Scales::channelwise : p.group % STAGE_K == 0 ? Scales::whole : Scales::halves;
-  const bool shares = args.longer > 0 || args.stripe % args.k_stages != 0;
+  const bool shares = config.num_locks > 0;
   return launch_any(args, grid, overlap, config.tile_idx, scales, shares, static_cast<cudaStream_t>(stream),
                     std::make_integer_sequence<int, kNumTiles>());
 }

@@ -95,6 +95,7 @@ class Kind(NamedTuple):
     tile_idx: int
     shared: bool  # whether CTAs share output tiles
     long: bool  # whether a CTA goes round its ring of stages several times
+    scales: int  # rows of them in 64 rows of the weight: 2 or 1; 0 if channelwise
     several: bool  # whether there are more tiles than CTAs
 
 
@@ -122,9 +123,9 @@ def cases_of_all_configs() -> dict[Kind, Case]:
                     continue
                 tiles = -(-N // config["features"]) * -(-M // config["tokens"])
                 long = tiles * -(-K // 64) >= LONG * config["grid"]
-                kind = Kind(
-                    backend, tile_idx, config["num_locks"] > 0, long, tiles > config["grid"]
-                )
+                scales = 0 if group == -1 else 1 if group >= 64 else 2
+                shared, several = config["num_locks"] > 0, tiles > config["grid"]
+                kind = Kind(backend, tile_idx, shared, long, scales, several)
                 found.setdefault(kind, Case(M, K, N, group, sms, backend, tile_idx))
     return found
 
@@ -144,7 +145,7 @@ MAX_TILES = 32  # more than any table has
 
 def _candidates() -> Iterator[tuple[int, int, int, int, int]]:
     for M in (1, 9, 33, 65, 130, 300, 1024):
-        for K, group in ((256, 64), (1040, -1), (1024, 128), (4096, 32), (8192, 64)):
+        for K, group in ((256, 64), (1040, -1), (1024, 128), (512, 32), (4096, 32), (8192, 64)):
             for N in (64, 192, 320, 1024, 4096):
                 for sms in (-1, 2, 8, 64):
                     yield M, K, N, group, sms

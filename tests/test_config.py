@@ -145,7 +145,7 @@ def test_hopper_has_a_config_for_any_problem_and_always_the_same(M, chunks, grou
 
 
 def test_hopper_deals_whole_tiles_out_evenly_where_memory_decides():
-    config = choose_sm90(16, 57344, 8192, group=128)
+    config = choose_sm90(48, 57344, 4096, group=128)
     tiles = 57344 // config["features"]
     assert config["stripes"] == 0 and config["grid"] < HOPPER[1] and tiles % config["grid"] == 0
 
